@@ -1,0 +1,505 @@
+"""The MARS optimizers: parameter groups, state, and one step (arXiv:2411.10438)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from .adamw import adamw
+from .correction import corrected_gradient, initial_average, remember, scaling
+from .exact import at_previous_point
+from .groups import KINDS, LAYOUTS, ParameterRole, role_of_shape
+from .lion import lion
+from .shampoo import shampoo
+
+UPDATES = {"adamw": adamw, "lion": lion, "shampoo": shampoo}
+
+# Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
+_SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
+
+
+class Mars(Optimizer):
+    """What MarsAdamW, MarsLion and MarsShampoo share. Not for direct use.
+
+    Every param_group of the user's becomes up to one group per kind of parameter (and layout, for MarsShampoo), with
+    the hyperparameters that kind is updated with, and three keys of ours: "kind", "layout" and "update" (the name of
+    the update: "adamw", "lion" or "shampoo"). A group may bring its own "kind" and "layout"; else a parameter's shape
+    decides (see :mod:`hf_mars.optim.groups`).
+    """
+
+    matrix_update: str
+
+    def __init__(self, params, defaults: dict[str, Any], roles: Mapping[Tensor, ParameterRole] | None = None):
+        self._roles = roles or {}
+        super().__init__(params, defaults)
+        del self._roles  # it would keep alive the parameters that an engine replaces
+        self._forget_previous_point()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_previous_point()
+
+    # ---- groups ----
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, split into groups of one kind each.
+
+        Args:
+            param_group: as for ``torch.optim.Optimizer``; every hyperparameter of the constructor may be set in it, and
+                "kind" (one of "matrix", "embedding", "1d") and "layout" ("out_in", "in_out", "conv") for all its
+                parameters.
+
+        Raises:
+            ValueError: a hyperparameter is out of range, or a parameter cannot be optimized.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("params must be an ordered collection such as a list, got a set")
+        settings = {**self.defaults, **{key: value for key, value in param_group.items() if key != "params"}}
+        check_hyperparameters(settings)
+        by_role: dict[ParameterRole, list] = {}
+        for param in [params] if isinstance(params, Tensor) else list(params):
+            tensor = param[1] if isinstance(param, tuple) else param
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"params must be Tensors, got {type(tensor).__name__}")
+            if tensor.is_complex():
+                raise ValueError(f"params must be real, got a parameter of dtype {tensor.dtype}")
+            by_role.setdefault(self._role(tensor, settings), []).append(param)
+        if not by_role:  # the user's groups stay, empty ones too (LoRA has no undecayed parameters)
+            by_role[ParameterRole(settings.get("kind", "matrix"), settings.get("layout", "out_in"))] = []
+        # Matrices first: what logs "the" learning rate takes the first group's.
+        for role in sorted(by_role, key=lambda role: KINDS.index(role.kind)):
+            group = {**settings, **self._settings_of_kind(role.kind, settings)}
+            group.update(params=by_role[role], kind=role.kind, layout=role.layout)
+            if group["fused"] is None:
+                group["fused"] = _takes_fused_kernel(group)
+            super().add_param_group(group)
+            for key in _SPLIT_KEYS:  # which super() has just copied from the defaults
+                self.param_groups[-1].pop(key, None)
+
+    def _role(self, param: Tensor, settings: dict[str, Any]) -> ParameterRole:
+        guess = self._roles.get(param) if "_roles" in self.__dict__ else None
+        guess = guess or role_of_shape(param)
+        role = ParameterRole(settings.get("kind", guess.kind), settings.get("layout", guess.layout))
+        if role.kind == "matrix" and self.matrix_update == "shampoo" and param.ndim < 2:
+            raise ValueError(
+                f"kind='matrix' needs parameters of two or more dimensions to orthogonalise, got shape {tuple(param.shape)}"
+            )
+        return role
+
+    def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """The hyperparameters in which a group of ``kind`` differs from what the user set."""
+        lr_1d = settings["lr"] / 2 if settings["lr_1d"] is None else settings["lr_1d"]
+        if kind == "1d" and not settings["optimize_1d"]:
+            return {"update": "adamw", "lr": lr_1d, **_plain_adamw(settings)}
+        return {"update": self.matrix_update}
+
+    # ---- one step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):
+        """Update every parameter that has a gradient. Gradients are read, never changed.
+
+        Args:
+            closure: evaluates the loss again and returns it; called first, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse; or, in exact mode, the gradient at x_{t−1} was not evaluated.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params, grads, states, previous_grads = self._collect(group)
+            if group["exact"]:
+                self._remember_point(group)
+            if not params:
+                continue
+            c = corrected_gradient(grads, previous_grads, kappa=_kappa(group), max_norm=group["max_norm"])
+            # Where g_{t−1} is not kept, the momentum of plain gradients does the correction's work.
+            gamma = group["gamma"] if previous_grads is None and not group["exact"] else 0.0
+            UPDATES[group["update"]](params, c, states, group, gamma=gamma)
+            if previous_grads is not None and not group["exact"]:
+                remember(previous_grads, grads)
+        self._forget_previous_point()
+        return loss
+
+    def _collect(self, group: dict[str, Any]):
+        """The parameters of ``group`` with a gradient, their gradients and states, and what κ's bracket subtracts.
+
+        The last is None where nothing is: κ = 0, or the one-tensor form, see :func:`_one_tensor_form`.
+        """
+        params = [param for param in group["params"] if param.grad is not None]
+        grads = [param.grad for param in params]
+        one_tensor = _one_tensor_form(group, [self.state[param] for param in params])
+        for param, grad in zip(params, grads, strict=True):
+            if grad.is_sparse:
+                raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
+            self._init_state(param, grad, group, one_tensor)
+        states = [self.state[param] for param in params]
+        if one_tensor or _kappa(group) == 0:
+            return params, grads, states, None
+        if group["exact"]:
+            return params, grads, states, self._take_previous_grads(params, grads)
+        return params, grads, states, [state["last_grad"] for state in states]
+
+    def _init_state(self, param: Tensor, grad: Tensor, group: dict[str, Any], one_tensor: bool) -> None:
+        """Make the state of a parameter when it first needs it: at its first gradient, the same on every rank."""
+        state = self.state[param]
+        if "exp_avg" not in state:
+            if group["update"] == "adamw":
+                # Where torch's AdamW keeps it: a fused kernel reads it on the device, the others on the host.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["fused"] else "cpu")
+                state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg"] = (
+                initial_average(grad, group["gamma"])
+                if one_tensor
+                else torch.zeros_like(param, memory_format=torch.preserve_format)
+            )
+        if one_tensor or group["exact"]:
+            return
+        if _kappa(group) == 0:
+            state.pop("last_grad", None)  # would be out of date if γ came back
+        elif "last_grad" not in state:
+            # The paper's x_1 = x_0: no difference yet, so c_1 = g_1.
+            state["last_grad"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            remember([state["last_grad"]], [grad])
+
+    # ---- exact mode ----
+
+    @property
+    def needs_previous_point(self) -> bool:
+        """Whether the next step() in exact mode needs ∇f(x_{t−1}, ξ_t). False at t = 1, where x_0 = x_1."""
+        return any(
+            "last_param" in self.state[p] for group in self.param_groups if group["exact"] for p in group["params"]
+        )
+
+    @contextlib.contextmanager
+    def previous_point(self):
+        """Exact mode: gradients made inside are ∇f(x_{t−1}, ξ_t), which the next step() corrects with.
+
+        Inside, the parameters hold x_{t−1}. On leaving, also after an exception, they are x_t again bit for bit, their
+        ``.grad`` is what it was on entering, and torch's random number generators (of the CPU and of the parameters'
+        devices) stand where they stood, so that the evaluation at x_t draws the same dropout masks. May be entered
+        several times before one step(), as gradient accumulation does: the gradients add up. At t = 1 the gradients
+        made inside are dropped (x_0 = x_1, c_1 = g_1); :attr:`needs_previous_point` tells.
+
+        Source: arXiv:2411.10438, Algorithm 1.
+
+        Raises:
+            RuntimeError: no param_group has exact=True, or the context is already entered.
+        """
+        if not any(group["exact"] for group in self.param_groups):
+            raise RuntimeError("previous_point() needs an optimizer made with exact=True")
+        if self._at_previous_point:
+            raise RuntimeError("previous_point() is already entered; leave it before entering it again")
+        params = [param for group in self.param_groups for param in group["params"]]
+        pairs = [(param, self.state[param]["last_param"]) for param in params if "last_param" in self.state[param]]
+        self._at_previous_point = True
+        try:
+            with at_previous_point(pairs, params, self._previous_grads):
+                yield
+            self._previous_point_seen = True
+        finally:
+            self._at_previous_point = False
+
+    def _take_previous_grads(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        previous_grads = []
+        for param, grad in zip(params, grads, strict=True):
+            if "last_param" not in self.state[param]:
+                previous_grads.append(grad.clone())  # x_0 = x_1
+            elif not self._previous_point_seen:
+                raise RuntimeError(
+                    "exact=True needs the gradient at the previous point before step(): evaluate the same batch inside "
+                    "`with optimizer.previous_point():` first (MarsTrainer does it by itself), or use exact=False"
+                )
+            else:
+                # No gradient there: the parameter took no part in this batch at x_{t−1} (an expert not routed to).
+                previous_grads.append(self._previous_grads.get(param, None))
+                if previous_grads[-1] is None:
+                    previous_grads[-1] = torch.zeros_like(grad)
+        return previous_grads
+
+    def _remember_point(self, group: dict[str, Any]) -> None:
+        """Keep x_t, which this step moves away from. Parameters that it leaves alone have x_{t+1} = x_t."""
+        for param in group["params"]:
+            state = self.state[param]
+            if "last_param" in state:
+                state["last_param"].copy_(param)
+            elif param.grad is not None:
+                state["last_param"] = param.detach().clone(memory_format=torch.preserve_format)
+
+    def _forget_previous_point(self) -> None:
+        self._previous_grads: dict[Tensor, Tensor] = {}
+        self._previous_point_seen = False
+        self._at_previous_point = False
+
+    # ---- state dict ----
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what state_dict() of the same optimizer class over the same groups returned.
+
+        Raises:
+            ValueError: it belongs to another MARS variant, or its groups do not match.
+        """
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            for i, (saved, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+                if saved.get("update") != own["update"]:
+                    raise ValueError(
+                        f"state_dict: param_group {i} was saved with update={saved.get('update')!r}, but "
+                        f"{type(self).__name__} has {own['update']!r} there; load it into the optimizer it came from"
+                    )
+        super().load_state_dict(state_dict)
+
+
+class MarsAdamW(Mars):
+    r"""MARS-AdamW (arXiv:2411.10438, Algorithm 2): AdamW on a variance-reduced gradient.
+
+    .. math::
+        c_t &= g_t + \gamma \tfrac{\beta_1}{1-\beta_1} (g_t - g_{t-1}), \qquad c_1 = g_1 \\
+        \tilde c_t &= c_t / \max(1, \lVert c_t \rVert_2 / \text{max\_norm}) \\
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1)\, \tilde c_t, \qquad v_t = \beta_2 v_{t-1} + (1-\beta_2)\, \tilde c_t^2 \\
+        x_{t+1} &= x_t - \eta \Big( \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} + \lambda x_t \Big)
+
+    Parameters with fewer than two dimensions get plain AdamW with ``betas_1d`` and ``lr_1d``, unless ``optimize_1d``.
+
+    Args:
+        params: iterable of parameters, of (name, parameter) pairs, or of param_groups; every setting below may differ
+            between groups.
+        lr: learning rate η, at least 0.
+        betas: (β1, β2), each in [0, 1).
+        eps: ε, at least 0.
+        weight_decay: λ, decoupled, at least 0.
+        gamma: γ in [0, 1], the strength of the correction; 0 is AdamW, 1 with ``exact`` is STORM's momentum.
+        max_norm: largest ‖c̃_t‖₂ of one parameter tensor, above 0; None turns the clip off.
+        exact: subtract the gradient of the same mini-batch at x_{t−1} instead of g_{t−1}; see :meth:`previous_point`.
+        lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs).
+        betas_1d: betas of 1d parameters.
+        optimize_1d: give 1d parameters MARS, with ``lr`` and ``betas``, too.
+        foreach, fused: which of torch's AdamW kernels to use; by default the fused one where the device has it.
+
+    State of a parameter: "exp_avg" (m_t), "exp_avg_sq" (v_t), "last_grad" (g_{t−1}; where γ > 0 and not exact) or
+    "last_param" (x_{t−1}; exact), all of the parameter's shape and dtype, and "step" (t, float32).
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    matrix_update = "adamw"
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.025,
+        max_norm: float | None = 1.0,
+        exact: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        optimize_1d: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ):
+        super().__init__(params, _defaults(locals()))
+
+
+class MarsLion(Mars):
+    r"""MARS-Lion (arXiv:2411.10438, Algorithm 3): the sign of a variance-reduced momentum.
+
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1-\beta_1)\, \tilde c_t, \qquad x_{t+1} = x_t - \eta (\mathrm{sign}(m_t) + \lambda x_t)
+
+    with :math:`\tilde c_t` as in :class:`MarsAdamW`, whose settings it shares; β2 and ε are used by 1d parameters
+    alone, which get AdamW.
+
+    State of a parameter: "exp_avg" (m_t) and "last_grad" (g_{t−1}). With max_norm=None in the approximate form one
+    tensor is enough: then there is no "last_grad", and "exp_avg" is the moving average of the plain gradients.
+    """
+
+    matrix_update = "lion"
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.025,
+        max_norm: float | None = 1.0,
+        exact: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        optimize_1d: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ):
+        super().__init__(params, _defaults(locals()))
+
+
+class MarsShampoo(Mars):
+    r"""MARS-Shampoo (arXiv:2411.10438, Algorithm 4) and, with ``adjust_lr_fn="match_rms_adamw"``, MARS-M
+    (arXiv:2510.21800): the orthogonalised variance-reduced momentum.
+
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1-\beta_1)\, \tilde c_t, \qquad
+        x_{t+1} = x_t - \eta (s \cdot \mathrm{NewtonSchulz}(m_t) + \lambda x_t)
+
+    with :math:`\tilde c_t` as in :class:`MarsAdamW`, whose settings it shares. Hidden matrices alone are
+    orthogonalised. Embeddings and output heads get MARS-AdamW (MARS-M: AdamW with ``betas_1d``), 1d parameters AdamW,
+    all with ``lr_1d``. Shapes cannot tell an embedding from a matrix: pass ``hf_mars.param_groups(model)`` or ``roles``.
+
+    Args:
+        ns_steps: Newton–Schulz iterations, at least 1; None takes an exact singular value decomposition.
+        adjust_lr_fn: the scale s: "original" is √max(1, fan_out/fan_in); "match_rms_adamw" is 0.2·√max(rows, columns),
+            which gives the update AdamW's root mean square, so that one learning rate serves everything (lr_1d is lr).
+        orthogonalize_embeddings: orthogonalise embeddings and heads too, as the authors' code does.
+        roles: from ``hf_mars.optim.parameter_roles(model)``: what each parameter is, where shapes cannot tell.
+
+    State of an orthogonalised parameter: as for :class:`MarsLion`.
+    """
+
+    matrix_update = "shampoo"
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.025,
+        max_norm: float | None = 1.0,
+        exact: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        optimize_1d: bool = False,
+        ns_steps: int | None = 5,
+        adjust_lr_fn: str = "original",
+        orthogonalize_embeddings: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        roles: Mapping[Tensor, ParameterRole] | None = None,
+    ):
+        super().__init__(params, _defaults(locals()), roles)
+
+    def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+        if kind == "matrix" or (kind == "embedding" and settings["orthogonalize_embeddings"]):
+            return {"update": "shampoo"}
+        mars_m = settings["adjust_lr_fn"] == "match_rms_adamw"
+        lr_1d = settings["lr_1d"]
+        if lr_1d is None:
+            lr_1d = settings["lr"] if mars_m else settings["lr"] / 2
+        plain = not settings["optimize_1d"] if kind == "1d" else mars_m
+        return {"update": "adamw", "lr": lr_1d, **(_plain_adamw(settings) if plain else {})}
+
+
+def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments that are settings of param_groups."""
+    return {k: v for k, v in arguments.items() if k not in ("self", "params", "roles", "__class__")}
+
+
+def _plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with which a group gets AdamW, uncorrected and unclipped."""
+    return {"betas": settings["betas_1d"], "gamma": 0.0, "max_norm": None}
+
+
+def _kappa(group: dict[str, Any]) -> float:
+    return scaling(group["gamma"], group["betas"][0])
+
+
+def _one_tensor_form(group: dict[str, Any], states: list[dict[str, Any]]) -> bool:
+    """Whether m_t comes from one moving average and g_t, without g_{t−1}; see correction.momentum.
+
+    A run that began with g_{t−1} (max_norm set to None later) goes on with it.
+    """
+    return (
+        group["update"] != "adamw"
+        and group["max_norm"] is None
+        and not group["exact"]
+        and group["gamma"] < 1
+        and not any("last_grad" in state for state in states)
+    )
+
+
+def _takes_fused_kernel(group: dict[str, Any]) -> bool:
+    """Whether torch's fused AdamW, the fastest, can run on these parameters. A meta device becomes a real one later."""
+    devices = {*_get_fused_kernels_supported_devices(), "meta"}
+    tensors = [param[1] if isinstance(param, tuple) else param for param in group["params"]]
+    return not group["foreach"] and all(t.device.type in devices and t.is_floating_point() for t in tensors)
+
+
+# ---- validation ----
+
+
+def _number(
+    value: Any, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    return (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+
+
+def _betas(value: Any) -> bool:
+    return (
+        isinstance(value, (tuple, list)) and len(value) == 2 and all(_number(b, 0, 1, open_high=True) for b in value)
+    )
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+# One row a hyperparameter: what it must be, and the test. The trainer's options use the same rows.
+RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a number >= 0", lambda v: _number(v, 0)),
+    "betas": ("two numbers, each in [0, 1)", _betas),
+    "eps": ("a number >= 0", lambda v: _number(v, 0)),
+    "weight_decay": ("a number >= 0", lambda v: _number(v, 0)),
+    "gamma": ("a number in [0, 1]", lambda v: _number(v, 0, 1)),
+    "max_norm": ("a number > 0, or None", lambda v: v is None or _number(v, 0, open_low=True)),
+    "exact": ("True or False", _flag),
+    "lr_1d": ("a number >= 0, or None", lambda v: v is None or _number(v, 0)),
+    "betas_1d": ("two numbers, each in [0, 1)", _betas),
+    "optimize_1d": ("True or False", _flag),
+    "foreach": ("True, False or None", lambda v: v is None or _flag(v)),
+    "fused": ("True, False or None", lambda v: v is None or _flag(v)),
+    "ns_steps": ("an integer in [1, 100], or None", lambda v: v is None or (type(v) is int and 1 <= v <= 100)),
+    "adjust_lr_fn": ("'original' or 'match_rms_adamw'", lambda v: v in ("original", "match_rms_adamw")),
+    "orthogonalize_embeddings": ("True or False", _flag),
+    "kind": (f"one of {', '.join(KINDS)}", lambda v: v in KINDS),
+    "layout": (f"one of {', '.join(LAYOUTS)}", lambda v: v in LAYOUTS),
+}
+
+
+def check_hyperparameters(settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the argument, the value and the allowed range, if a setting is not allowed."""
+    for name, value in settings.items():
+        if name in RANGES:
+            allowed, is_allowed = RANGES[name]
+            if not is_allowed(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if settings.get("fused") and settings.get("foreach"):
+        raise ValueError("fused and foreach cannot both be True: they choose between kernels")

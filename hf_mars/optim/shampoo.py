@@ -1,0 +1,50 @@
+"""MARS-Shampoo's update (arXiv:2411.10438, Algorithm 4) and MARS-M's (arXiv:2510.21800): they differ in the scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .correction import momentum
+from .newton_schulz import orthogonalize
+
+
+def shampoo(
+    params: list[Tensor], c: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], *, gamma: float
+) -> None:
+    """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( s · NewtonSchulz(m_t) + λ x ).
+
+    Modifies the parameters and "exp_avg" in their state; not ``c``. ``gamma`` is passed on to
+    :func:`~hf_mars.optim.correction.momentum`.
+    """
+    m = momentum([state["exp_avg"] for state in states], c, beta1=group["betas"][0], gamma=gamma)
+    matrices = [as_matrix(x, group["layout"]) for x in m]
+    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    for param, orthogonal in zip(params, orthogonalize(matrices, group["ns_steps"]), strict=True):
+        s = scale(orthogonal.shape, group["layout"], group["adjust_lr_fn"])
+        param.add_(orthogonal.reshape(param.shape), alpha=-group["lr"] * s)
+
+
+def as_matrix(tensor: Tensor, layout: str) -> Tensor:
+    """The matrix, or stack of matrices, that a parameter of two or more dimensions is: shape (…, m, n).
+
+    A convolution (four dimensions, or ``layout`` "conv") is (out, everything else); three dimensions are a stack.
+    """
+    return tensor.flatten(1) if layout == "conv" or tensor.ndim > 3 else tensor
+
+
+def scale(shape: torch.Size, layout: str, adjust_lr_fn: str) -> float:
+    """s of the update of a matrix of ``shape`` (…, m, n).
+
+    "original": √max(1, fan_out/fan_in); which of m and n is fan_out, ``layout`` says. "match_rms_adamw":
+    0.2·√max(m, n), which gives the update the root mean square of AdamW's (Liu et al., "Muon is Scalable for LLM
+    Training", arXiv:2502.16982, section 2.2).
+    """
+    m, n = shape[-2:]
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(m, n))
+    fan_out, fan_in = (n, m) if layout == "in_out" else (m, n)
+    return math.sqrt(max(1.0, fan_out / fan_in))
