@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from .adamw import adamw
 from .correction import corrected_gradient, initial_average, remember, scaling
 from .exact import at_previous_point
-from .groups import KINDS, LAYOUTS, ParameterRole, role_of_shape
+from .groups import KINDS, ParameterRole, role_of_shape
+from .hyperparameters import check_hyperparameters
 from .lion import lion
 from .shampoo import shampoo
 
@@ -53,8 +53,8 @@ class Mars(Optimizer):
         """Add parameters, split into groups of one kind each.
 
         Args:
-            param_group: as for ``torch.optim.Optimizer``; every hyperparameter of the constructor may be set in it, and
-                "kind" (one of "matrix", "embedding", "1d") and "layout" ("out_in", "in_out", "conv") for all its
+            param_group: as for ``torch.optim.Optimizer``; every hyperparameter of the constructor may be set in it,
+                and "kind" (one of "matrix", "embedding", "1d") and "layout" ("out_in", "in_out", "conv") for all its
                 parameters.
 
         Raises:
@@ -93,7 +93,7 @@ class Mars(Optimizer):
         role = ParameterRole(settings.get("kind", guess.kind), settings.get("layout", guess.layout))
         if role.kind == "matrix" and self.matrix_update == "shampoo" and param.ndim < 2:
             raise ValueError(
-                f"kind='matrix' needs parameters of two or more dimensions to orthogonalise, got shape {tuple(param.shape)}"
+                f"kind='matrix' needs two or more dimensions to orthogonalise, got shape {tuple(param.shape)}"
             )
         return role
 
@@ -224,7 +224,7 @@ class Mars(Optimizer):
                 previous_grads.append(grad.clone())  # x_0 = x_1
             elif not self._previous_point_seen:
                 raise RuntimeError(
-                    "exact=True needs the gradient at the previous point before step(): evaluate the same batch inside "
+                    "exact=True needs the gradient at the previous point before step(): evaluate the same batch in "
                     "`with optimizer.previous_point():` first (MarsTrainer does it by itself), or use exact=False"
                 )
             else:
@@ -274,8 +274,10 @@ class MarsAdamW(Mars):
     .. math::
         c_t &= g_t + \gamma \tfrac{\beta_1}{1-\beta_1} (g_t - g_{t-1}), \qquad c_1 = g_1 \\
         \tilde c_t &= c_t / \max(1, \lVert c_t \rVert_2 / \text{max\_norm}) \\
-        m_t &= \beta_1 m_{t-1} + (1-\beta_1)\, \tilde c_t, \qquad v_t = \beta_2 v_{t-1} + (1-\beta_2)\, \tilde c_t^2 \\
-        x_{t+1} &= x_t - \eta \Big( \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} + \lambda x_t \Big)
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1)\, \tilde c_t \\
+        v_t &= \beta_2 v_{t-1} + (1-\beta_2)\, \tilde c_t^2 \\
+        x_{t+1} &= x_t - \eta \Big(
+            \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} + \lambda x_t \Big)
 
     Parameters with fewer than two dimensions get plain AdamW with ``betas_1d`` and ``lr_1d``, unless ``optimize_1d``.
 
@@ -327,7 +329,8 @@ class MarsLion(Mars):
     r"""MARS-Lion (arXiv:2411.10438, Algorithm 3): the sign of a variance-reduced momentum.
 
     .. math::
-        m_t = \beta_1 m_{t-1} + (1-\beta_1)\, \tilde c_t, \qquad x_{t+1} = x_t - \eta (\mathrm{sign}(m_t) + \lambda x_t)
+        m_t = \beta_1 m_{t-1} + (1-\beta_1)\, \tilde c_t, \qquad
+        x_{t+1} = x_t - \eta (\mathrm{sign}(m_t) + \lambda x_t)
 
     with :math:`\tilde c_t` as in :class:`MarsAdamW`, whose settings it shares; β2 and ε are used by 1d parameters
     alone, which get AdamW.
@@ -368,7 +371,8 @@ class MarsShampoo(Mars):
 
     with :math:`\tilde c_t` as in :class:`MarsAdamW`, whose settings it shares. Hidden matrices alone are
     orthogonalised. Embeddings and output heads get MARS-AdamW (MARS-M: AdamW with ``betas_1d``), 1d parameters AdamW,
-    all with ``lr_1d``. Shapes cannot tell an embedding from a matrix: pass ``hf_mars.param_groups(model)`` or ``roles``.
+    all with ``lr_1d``. Shapes cannot tell an embedding from a matrix: pass ``hf_mars.param_groups(model)`` or
+    ``roles``.
 
     Args:
         ns_steps: Newton–Schulz iterations, at least 1; None takes an exact singular value decomposition.
@@ -445,61 +449,7 @@ def _one_tensor_form(group: dict[str, Any], states: list[dict[str, Any]]) -> boo
 
 
 def _takes_fused_kernel(group: dict[str, Any]) -> bool:
-    """Whether torch's fused AdamW, the fastest, can run on these parameters. A meta device becomes a real one later."""
+    """Whether torch's fused AdamW, the fastest, can run on these parameters. What is on "meta" moves later."""
     devices = {*_get_fused_kernels_supported_devices(), "meta"}
     tensors = [param[1] if isinstance(param, tuple) else param for param in group["params"]]
     return not group["foreach"] and all(t.device.type in devices and t.is_floating_point() for t in tensors)
-
-
-# ---- validation ----
-
-
-def _number(
-    value: Any, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
-) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return False
-    return (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
-
-
-def _betas(value: Any) -> bool:
-    return (
-        isinstance(value, (tuple, list)) and len(value) == 2 and all(_number(b, 0, 1, open_high=True) for b in value)
-    )
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-# One row a hyperparameter: what it must be, and the test. The trainer's options use the same rows.
-RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("a number >= 0", lambda v: _number(v, 0)),
-    "betas": ("two numbers, each in [0, 1)", _betas),
-    "eps": ("a number >= 0", lambda v: _number(v, 0)),
-    "weight_decay": ("a number >= 0", lambda v: _number(v, 0)),
-    "gamma": ("a number in [0, 1]", lambda v: _number(v, 0, 1)),
-    "max_norm": ("a number > 0, or None", lambda v: v is None or _number(v, 0, open_low=True)),
-    "exact": ("True or False", _flag),
-    "lr_1d": ("a number >= 0, or None", lambda v: v is None or _number(v, 0)),
-    "betas_1d": ("two numbers, each in [0, 1)", _betas),
-    "optimize_1d": ("True or False", _flag),
-    "foreach": ("True, False or None", lambda v: v is None or _flag(v)),
-    "fused": ("True, False or None", lambda v: v is None or _flag(v)),
-    "ns_steps": ("an integer in [1, 100], or None", lambda v: v is None or (type(v) is int and 1 <= v <= 100)),
-    "adjust_lr_fn": ("'original' or 'match_rms_adamw'", lambda v: v in ("original", "match_rms_adamw")),
-    "orthogonalize_embeddings": ("True or False", _flag),
-    "kind": (f"one of {', '.join(KINDS)}", lambda v: v in KINDS),
-    "layout": (f"one of {', '.join(LAYOUTS)}", lambda v: v in LAYOUTS),
-}
-
-
-def check_hyperparameters(settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names the argument, the value and the allowed range, if a setting is not allowed."""
-    for name, value in settings.items():
-        if name in RANGES:
-            allowed, is_allowed = RANGES[name]
-            if not is_allowed(value):
-                raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    if settings.get("fused") and settings.get("foreach"):
-        raise ValueError("fused and foreach cannot both be True: they choose between kernels")

@@ -28,13 +28,11 @@ class MarsTrainingArguments(TrainingArguments):
     )
     adam_beta1: float | None = field(
         default=None,
-        metadata={"help": "β1, the decay of the first moment. Default: 0.95 for MARS, else transformers' own (0.9)."},
+        metadata={"help": "β1, the decay of the first moment. Default: 0.95 for MARS, else transformers' (0.9)."},
     )
     adam_beta2: float | None = field(
         default=None,
-        metadata={
-            "help": "β2, the decay of the second moment. Default: 0.99 for MARS, else transformers' own (0.999)."
-        },
+        metadata={"help": "β2, the decay of the second moment. Default: 0.99 for MARS, else transformers' (0.999)."},
     )
 
     def __post_init__(self):

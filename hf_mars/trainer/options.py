@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -12,7 +13,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..optim import MarsAdamW, MarsLion, MarsShampoo, parameter_roles
-from ..optim.mars import RANGES, Mars, check_hyperparameters
+from ..optim.hyperparameters import RANGES, check_hyperparameters
+from ..optim.mars import Mars
 from .arguments import BETA_DEFAULTS, MarsTrainingArguments, transformers_default
 
 logger = logging.get_logger(__name__)
@@ -22,7 +24,7 @@ class Variant(NamedTuple):
     """A registered optimizer name: its class, and the arguments that the name itself stands for."""
 
     optimizer_cls: type[Mars]
-    fixed: dict[str, Any] = {}
+    fixed: Mapping[str, Any] = MappingProxyType({})
 
 
 VARIANTS = {
@@ -102,8 +104,8 @@ def parse_optim_args(optim_args: str | None, optim: str) -> dict[str, Any]:
         The given keys with typed values.
 
     Raises:
-        ValueError: an entry is not key=value, a key is unknown or given twice, or a value is malformed or out of range.
-            The message names the key, the value, what is allowed and the nearest valid key.
+        ValueError: an entry is not key=value, a key is unknown or given twice, or a value is malformed or out of
+            range. The message names the key, the value, what is allowed and the nearest valid key.
     """
     options = options_of(optim)
     parsed: dict[str, Any] = {}
