@@ -21,7 +21,8 @@ class ParameterRole(NamedTuple):
     Attributes:
         kind: "matrix", "embedding" (embeddings and output heads) or "1d" (fewer than two dimensions).
         layout: how its matrix is stored: "out_in" as in ``torch.nn.Linear``, "in_out" as in GPT-2's ``Conv1D``, "conv"
-            for a convolution's (out, everything else). A leading third dimension is a stack of matrices.
+            for a convolution's (out, everything else). With the first two, three dimensions are a stack of matrices,
+            more are a convolution.
     """
 
     kind: str
@@ -30,9 +31,7 @@ class ParameterRole(NamedTuple):
 
 def role_of_shape(param: Tensor) -> ParameterRole:
     """The role of a parameter of which nothing but the shape is known."""
-    if param.ndim < 2:
-        return ParameterRole("1d")
-    return ParameterRole("matrix", "conv" if param.ndim > 3 else "out_in")
+    return ParameterRole("1d" if param.ndim < 2 else "matrix")
 
 
 # Output heads of classification models, which have no get_output_embeddings(); attribute names in transformers.
@@ -59,15 +58,15 @@ def parameter_roles(model: nn.Module) -> dict[Tensor, ParameterRole]:
             elif is_embedding or (name != "weight" and _BARE_EMBEDDINGS.search(name)):
                 role = ParameterRole("embedding")
             else:
-                role = ParameterRole("matrix", _layout(module, param))
+                role = ParameterRole("matrix", _layout(module))
             # A tied weight is an embedding wherever it also serves, whichever module comes first.
             if param not in roles or role.kind == "embedding":
                 roles[param] = role
     return roles
 
 
-def _layout(module: nn.Module, param: Tensor) -> str:
-    if isinstance(module, nn.modules.conv._ConvNd) or param.ndim > 3:
+def _layout(module: nn.Module) -> str:
+    if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"
     # By name, so that this package needs torch alone.
     is_gpt2_linear = any(

@@ -1,0 +1,83 @@
+"""MARS's names in transformers."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments, trainer_optimizer
+from transformers.training_args import OptimizerNames
+
+import hf_mars
+from hf_mars.trainer import registry
+from hf_mars.trainer.versions import check_transformers
+
+NAMES = ["mars_adamw", "mars_lion", "mars_shampoo", "mars_m"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_valid_everywhere(name, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), optim=name)
+    assert args.optim == name and isinstance(args.optim, OptimizerNames)
+    assert args.set_optimizer(name).optim == name
+    for cls in (TrainingArguments, Seq2SeqTrainingArguments, hf_mars.MarsTrainingArguments):
+        (parsed,) = HfArgumentParser(cls).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--optim", name])
+        assert parsed.optim == name
+    assert f'"optim": "{name}"' in args.to_json_string()
+    assert name in list(OptimizerNames) and OptimizerNames[name.upper()] is OptimizerNames(name)
+
+
+def test_an_unknown_name_is_still_refused(tmp_path):
+    with pytest.raises(ValueError, match="mars_sgd"):
+        TrainingArguments(output_dir=str(tmp_path), optim="mars_sgd")
+
+
+def test_registering_again_changes_nothing():
+    members, post_init = list(OptimizerNames), TrainingArguments.__post_init__
+    hf_mars.register()
+    assert list(OptimizerNames) == members and TrainingArguments.__post_init__ is post_init
+
+
+def test_a_name_that_transformers_has_taken(monkeypatch, caplog):
+    member = OptimizerNames("mars_lion")
+    monkeypatch.setitem(trainer_optimizer._OPTIMIZER_HANDLERS, member, lambda ctx: None)
+    monkeypatch.setattr(registry.logger, "propagate", True)
+    hf_mars.register()
+    assert OptimizerNames("mars_lion") is member
+    assert trainer_optimizer._OPTIMIZER_HANDLERS[member] is registry._mars_handler
+    assert "mars_lion" in caplog.text
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_members_stay_themselves_when_copied(copied):
+    assert copied(OptimizerNames("mars_m")) is OptimizerNames("mars_m")
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_training_args_bin_loads_where_hf_mars_was_never_imported(tmp_path, protocol):
+    path = tmp_path / "training_args.bin"
+    torch.save(TrainingArguments(output_dir=str(tmp_path), optim="mars_lion"), path, pickle_protocol=protocol)
+    code = f"import torch; args = torch.load({str(path)!r}, weights_only=False); print(args.optim.value)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "mars_lion", done.stderr
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.2.0", "6.0.0", "6.1.0.dev0"])
+def test_an_unsupported_transformers_says_which_work(version):
+    with pytest.raises(ImportError, match=rf"transformers>=5.3,<6.*{version}"):
+        check_transformers(version)
+
+
+@pytest.mark.parametrize("version", ["5.3.0", "5.23.0", "5.99.0.dev0"])
+def test_supported_versions(version):
+    check_transformers(version)
+
+
+def test_the_stock_trainer_refuses_exact_mode_and_names_the_one_that_has_it(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), optim="mars_adamw", optim_args="exact=true")
+    with pytest.raises(ValueError, match="MarsTrainer"):
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(2, 2))
+    optimizer_cls, kwargs = hf_mars.MarsTrainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(2, 2))
+    assert optimizer_cls is hf_mars.MarsAdamW and kwargs["exact"] is True
