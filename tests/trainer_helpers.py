@@ -1,0 +1,65 @@
+"""What the tests of the Trainer share: a tiny model with dropout, a random data set, a run."""
+
+import torch
+from helpers import tiny_gpt2
+from transformers import Trainer
+
+from hf_mars import MarsTrainer, MarsTrainingArguments
+
+BLOCK = 12
+
+
+def token_blocks(n=32, seed=0):
+    """Random token blocks of unequal numbers of valid labels, so that num_items_in_batch differs between batches."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for i in range(n):
+        input_ids = torch.randint(1, 32, (BLOCK,), generator=generator)
+        labels = input_ids.clone()
+        labels[: i % 5] = -100
+        blocks.append({"input_ids": input_ids, "labels": labels})
+    return blocks
+
+
+def make_trainer(output_dir, cls=MarsTrainer, *, model=None, train_dataset=None, callbacks=None, **settings):
+    defaults = {
+        "optim": "mars_adamw",
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    args = MarsTrainingArguments(output_dir=str(output_dir), **{**defaults, **settings})
+    model = tiny_gpt2() if model is None else model
+    train_dataset = token_blocks() if train_dataset is None else train_dataset
+    return cls(
+        model=model, args=args, train_dataset=train_dataset, eval_dataset=token_blocks(8, 1), callbacks=callbacks
+    )
+
+
+def train(output_dir, cls=MarsTrainer, resume=None, **settings):
+    """Train from the same start and return the trainer."""
+    trainer = make_trainer(output_dir, cls, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def weights(trainer):
+    return [p.detach() for p in trainer.model.parameters()]
+
+
+def optimizer_of(trainer):
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+__all__ = ["BLOCK", "Trainer", "losses", "make_trainer", "optimizer_of", "token_blocks", "train", "weights"]
