@@ -56,8 +56,9 @@ def test_a_subclass_decides_what_decays(tmp_path):
             return []
 
     optimizer = make_trainer(tmp_path, UndecayedTrainer, optim="mars_shampoo").create_optimizer()
-    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.0}
-    assert {group["layout"] for group in optimizer.param_groups if group["update"] == "shampoo"} == {"in_out"}
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    assert {group["weight_decay"] for group in groups} == {0.0}
+    assert {group["layout"] for group in groups if group["update"] == "shampoo"} == {"in_out"}
 
 
 def test_schedulers_scale_both_learning_rates(tmp_path):
