@@ -68,12 +68,16 @@ class Mars(Optimizer):
         settings = {**self.defaults, **{key: value for key, value in param_group.items() if key != "params"}}
         check_hyperparameters(settings)
         by_role: dict[ParameterRole, list] = {}
+        seen: set[Tensor] = set()
         for param in [params] if isinstance(params, Tensor) else list(params):
             tensor = param[1] if isinstance(param, tuple) else param
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"params must be Tensors, got {type(tensor).__name__}")
             if tensor.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {tensor.dtype}")
+            if tensor in seen:
+                raise ValueError(f"params must be distinct, got a parameter of shape {tuple(tensor.shape)} twice")
+            seen.add(tensor)
             by_role.setdefault(self._role(tensor, settings), []).append(param)
         if not by_role:  # the user's groups stay, empty ones too (LoRA has no undecayed parameters)
             by_role[ParameterRole(settings.get("kind", "matrix"), settings.get("layout", "out_in"))] = []
@@ -123,6 +127,7 @@ class Mars(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_previous_point()
         for group in self.param_groups:
             params, grads, states, previous_grads = self._collect(group)
             if group["exact"]:
@@ -183,9 +188,10 @@ class Mars(Optimizer):
 
     @property
     def needs_previous_point(self) -> bool:
-        """Whether the next step() in exact mode needs ∇f(x_{t−1}, ξ_t). False at t = 1, where x_0 = x_1."""
-        return any(
-            "last_param" in self.state[p] for group in self.param_groups if group["exact"] for p in group["params"]
+        """Whether the next step() needs ∇f(x_{t−1}, ξ_t): exact mode, γ > 0, and not at t = 1, where x_0 = x_1."""
+        groups = [group for group in self.param_groups if group["exact"]]
+        return any(_kappa(group) > 0 for group in groups) and any(
+            "last_param" in self.state.get(param, {}) for group in groups for param in group["params"]
         )
 
     @contextlib.contextmanager
@@ -193,55 +199,80 @@ class Mars(Optimizer):
         """Exact mode: gradients made inside are ∇f(x_{t−1}, ξ_t), which the next step() corrects with.
 
         Inside, the parameters hold x_{t−1}. On leaving, also after an exception, they are x_t again bit for bit, their
-        ``.grad`` is what it was on entering, and torch's random number generators (of the CPU and of the parameters'
-        devices) stand where they stood, so that the evaluation at x_t draws the same dropout masks. May be entered
-        several times before one step(), as gradient accumulation does: the gradients add up. At t = 1 the gradients
-        made inside are dropped (x_0 = x_1, c_1 = g_1); :attr:`needs_previous_point` tells.
+        ``.grad`` is what it was on entering, and the random number generators (Python's, NumPy's, torch's of the CPU
+        and of the parameters' devices) stand where they stood, so that the evaluation at x_t draws the same dropout
+        masks. An exception drops the gradients made inside. May be entered several times before one step(), as
+        gradient accumulation does: the gradients add up. step() uses them up, zero_grad() drops them. At t = 1 the
+        gradients made inside are dropped (x_0 = x_1, c_1 = g_1); :attr:`needs_previous_point` tells.
+
+        Groups with exact=False stay at x_t.
 
         Source: arXiv:2411.10438, Algorithm 1.
 
         Raises:
             RuntimeError: no param_group has exact=True, or the context is already entered.
         """
-        if not any(group["exact"] for group in self.param_groups):
+        exact_groups = [group for group in self.param_groups if group["exact"]]
+        if not exact_groups:
             raise RuntimeError("previous_point() needs an optimizer made with exact=True")
         if self._at_previous_point:
             raise RuntimeError("previous_point() is already entered; leave it before entering it again")
+        moved = [
+            param for group in exact_groups for param in group["params"] if "last_param" in self.state.get(param, {})
+        ]
+        pairs = [(param, self.state[param]["last_param"]) for param in moved]
         params = [param for group in self.param_groups for param in group["params"]]
-        pairs = [(param, self.state[param]["last_param"]) for param in params if "last_param" in self.state[param]]
         self._at_previous_point = True
         try:
             with at_previous_point(pairs, params, self._previous_grads):
                 yield
-            self._previous_point_seen = True
+            self._previous_point_seen = bool(pairs)
         finally:
             self._at_previous_point = False
 
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, those of the previous point too: the two belong to one step().
+
+        A loop that skips a bad batch would otherwise correct the next one with the gradients of both.
+        """
+        super().zero_grad(set_to_none)
+        if not self._at_previous_point:
+            self._forget_previous_point()
+
+    def _check_previous_point(self) -> None:
+        """Raise where step() could not do the right thing, before it changes anything."""
+        if self._at_previous_point:
+            raise RuntimeError(
+                "step() inside previous_point(): the parameters are at x_{t−1}; leave the context first"
+            )
+        if self._previous_point_seen or not self.needs_previous_point:
+            return
+        corrected = [group for group in self.param_groups if group["exact"] and _kappa(group) > 0]
+        if any(param.grad is not None for group in corrected for param in group["params"]):
+            raise RuntimeError(
+                "exact=True needs the gradient at the previous point before step(): evaluate the same batch in "
+                "`with optimizer.previous_point():` first (MarsTrainer does it by itself; zero_grad() drops what was "
+                "evaluated, so call it after step()), or use exact=False"
+            )
+
     def _take_previous_grads(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        previous_grads = []
-        for param, grad in zip(params, grads, strict=True):
-            if "last_param" not in self.state[param]:
-                previous_grads.append(grad.clone())  # x_0 = x_1
-            elif not self._previous_point_seen:
-                raise RuntimeError(
-                    "exact=True needs the gradient at the previous point before step(): evaluate the same batch in "
-                    "`with optimizer.previous_point():` first (MarsTrainer does it by itself), or use exact=False"
-                )
-            else:
-                # No gradient there: the parameter took no part in this batch at x_{t−1} (an expert not routed to).
-                previous_grads.append(self._previous_grads.get(param, None))
-                if previous_grads[-1] is None:
-                    previous_grads[-1] = torch.zeros_like(grad)
-        return previous_grads
+        if not self._previous_point_seen:
+            return [grad.clone() for grad in grads]  # x_0 = x_1
+        # No gradient there: the parameter took no part in this batch at x_{t−1} (an expert not routed to).
+        return [
+            self._previous_grads[param] if param in self._previous_grads else torch.zeros_like(grad)
+            for param, grad in zip(params, grads, strict=True)
+        ]
 
     def _remember_point(self, group: dict[str, Any]) -> None:
         """Keep x_t, which this step moves away from. Parameters that it leaves alone have x_{t+1} = x_t."""
         for param in group["params"]:
-            state = self.state[param]
-            if "last_param" in state:
-                state["last_param"].copy_(param)
+            last_param = self.state.get(param, {}).get("last_param")
+            if last_param is not None:
+                last_param.copy_(param)
             elif param.grad is not None:
-                state["last_param"] = param.detach().clone(memory_format=torch.preserve_format)
+                self.state[param]["last_param"] = param.detach().clone(memory_format=torch.preserve_format)
 
     def _forget_previous_point(self) -> None:
         self._previous_grads: dict[Tensor, Tensor] = {}

@@ -1,0 +1,119 @@
+"""What the tests of the optimizers share: parameters, gradient sequences, a loop, a comparison, tiny models."""
+
+import math
+
+import torch
+from torch import nn
+
+from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
+
+# name -> (class, the keywords that make it this method, the name of its update in tests/reference.py)
+METHODS = {
+    "mars_adamw": (MarsAdamW, {}, "adamw"),
+    "mars_lion": (MarsLion, {}, "lion"),
+    "mars_shampoo": (MarsShampoo, {}, "shampoo"),
+    "mars_m": (MarsShampoo, {"adjust_lr_fn": "match_rms_adamw"}, "shampoo"),
+}
+
+SHAPES = {
+    "tall": (7, 4),
+    "wide": (4, 7),
+    "square": (5, 5),
+    "tall_again": (7, 4),
+    "wide_as_the_convolution": (6, 12),
+    "vector": (6,),
+    "scalar": (),
+    "stack": (3, 4, 6),
+    "convolution": (6, 3, 2, 2),
+}
+
+
+def make_params(shapes=None, *, dtype=torch.float64, seed=0):
+    """Normal entries; one parameter of each of SHAPES where no shapes are given."""
+    shapes = SHAPES.values() if shapes is None else shapes
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def make_gradients(params, steps, *, scales=(1.0,), seed=1):
+    """For each step a list of gradients, one a parameter; step t is scaled by the t-th of `scales`, in a cycle."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [
+            (scales[t % len(scales)] * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype)
+            for p in params
+        ]
+        for t in range(steps)
+    ]
+
+
+def run_steps(optimizer, params, gradients, scheduler=None):
+    """Feed the gradients, one list a step, and return the parameters' values at the end."""
+    for step in gradients:
+        for p, g in zip(params, step, strict=True):
+            p.grad = None if g is None else g.clone()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return values(params)
+
+
+def values(params):
+    return [p.detach().clone() for p in params]
+
+
+def assert_close(actual, expected, tolerance):
+    """max |actual - expected| <= tolerance * max |expected|, tensor by tensor."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        error = (a.detach().double() - e.double()).abs().max().item()
+        assert error <= tolerance * e.abs().max().item(), f"tensor {i} {tuple(e.shape)}: error {error}"
+
+
+def assert_equal(actual, expected):
+    """Bit for bit."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, e), f"tensor {i} {tuple(e.shape)}: error {(a - e).abs().max().item()}"
+
+
+def factor(t):
+    """A learning-rate factor that rises for five steps, then falls as a cosine that never reaches zero."""
+    return (t + 1) / 5 if t < 5 else 0.6 + 0.4 * math.cos(math.pi * (t - 5) / 40)
+
+
+class TiedLanguageModel(nn.Module):
+    """Next-token logits with one weight used twice: as the embedding and as the head."""
+
+    def __init__(self, vocabulary=11, width=6):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.hidden = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.norm(torch.tanh(self.hidden(self.embedding(tokens)))))
+
+
+def tiny_gpt2(**config):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **config}))
+
+
+def tiny_llama(**config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": False, **config}))
+
+
+def tiny_conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(2), nn.Conv1d(4, 5, 2), nn.Linear(8, 2)
+    )
