@@ -771,3 +771,19 @@ assert (w < 1).all()
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("method", ["mars_lion", "mars_shampoo"])
+def test_clip_turned_off_midway_leaves_no_parameter_behind(method):
+    """One that gets its first gradient later, alone, is updated as those that already keep a g_{t-1}."""
+    cls, keywords, _ = METHODS[method]
+    finals = []
+    for max_norm in (None, 1e30):
+        params = make_params([(3, 4), (4, 3)])
+        optimizer = cls(params, lr=0.02, max_norm=1.0, **keywords)
+        gradients = make_gradients(params, 12)
+        for t, (first, second) in enumerate(gradients):
+            optimizer.param_groups[0]["max_norm"] = 1.0 if t < 4 else max_norm
+            run_steps(optimizer, params, [[None if t == 5 else first, None if t < 5 else second]])
+        finals.append(values(params))
+    assert_close(*finals, 1e-12)

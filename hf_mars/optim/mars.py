@@ -146,11 +146,11 @@ class Mars(Optimizer):
     def _collect(self, group: dict[str, Any]):
         """The parameters of ``group`` with a gradient, their gradients and states, and what κ's bracket subtracts.
 
-        The last is None where nothing is: κ = 0, or the one-tensor form, see :func:`_one_tensor_form`.
+        The last is None where nothing is: κ = 0, or the one-tensor form.
         """
         params = [param for param in group["params"] if param.grad is not None]
         grads = [param.grad for param in params]
-        one_tensor = _one_tensor_form(group, [self.state[param] for param in params])
+        one_tensor = self._one_tensor_form(group)
         for param, grad in zip(params, grads, strict=True):
             if grad.is_sparse:
                 raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
@@ -161,6 +161,19 @@ class Mars(Optimizer):
         if group["exact"]:
             return params, grads, states, self._take_previous_grads(params, grads)
         return params, grads, states, [state["last_grad"] for state in states]
+
+    def _one_tensor_form(self, group: dict[str, Any]) -> bool:
+        """Whether m_t comes from one moving average and g_t, without g_{t−1}; see correction.momentum.
+
+        A group that began with g_{t−1} (max_norm was set to None later) goes on with it.
+        """
+        return (
+            group["update"] != "adamw"
+            and group["max_norm"] is None
+            and not group["exact"]
+            and group["gamma"] < 1
+            and not any("last_grad" in self.state.get(param, ()) for param in group["params"])
+        )
 
     def _init_state(self, param: Tensor, grad: Tensor, group: dict[str, Any], one_tensor: bool) -> None:
         """Make the state of a parameter when it first needs it: at its first gradient, the same on every rank."""
@@ -465,22 +478,8 @@ def _kappa(group: dict[str, Any]) -> float:
     return scaling(group["gamma"], group["betas"][0])
 
 
-def _one_tensor_form(group: dict[str, Any], states: list[dict[str, Any]]) -> bool:
-    """Whether m_t comes from one moving average and g_t, without g_{t−1}; see correction.momentum.
-
-    A run that began with g_{t−1} (max_norm set to None later) goes on with it.
-    """
-    return (
-        group["update"] != "adamw"
-        and group["max_norm"] is None
-        and not group["exact"]
-        and group["gamma"] < 1
-        and not any("last_grad" in state for state in states)
-    )
-
-
 def _takes_fused_kernel(group: dict[str, Any]) -> bool:
     """Whether torch's fused AdamW, the fastest, can run on these parameters. What is on "meta" moves later."""
     devices = {*_get_fused_kernels_supported_devices(), "meta"}
     tensors = [param[1] if isinstance(param, tuple) else param for param in group["params"]]
-    return not group["foreach"] and all(t.device.type in devices and t.is_floating_point() for t in tensors)
+    return group["foreach"] is None and all(t.device.type in devices and t.is_floating_point() for t in tensors)
