@@ -1,0 +1,407 @@
+"""From texts to blocks of tokens: loading, splitting, training a tokenizer, tokenising, packing.
+
+    load_texts   files, a data set of the Hub or the packaged novel → Texts for training and for validation
+    train_bpe    Texts → a byte-level BPE
+    TokenBlocks  Texts → blocks of block_size tokens, map-style: a view of tokens that lie memory-mapped on disk
+    TokenStream  the same for streaming: tokenised while it is read
+
+No text is lost on the way. The tokens of one split form one sequence, in the order of the texts, and blocks are cut
+from it without regard to where texts or batches end; only the last, incomplete block stays unused, and its size is
+reported.
+"""
+
+import glob
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.fingerprint import Hasher
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+logger = logging.getLogger(__name__)
+
+FILE_FORMATS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".bz2", ".xz")
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and END_OF_TEXT
+
+ROWS_PER_BATCH = 1000
+# A stream has no known length, so what depends on the amount of text looks at this many rows of it.
+STREAM_WINDOW = 10_000
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot work. The message names the argument, its value and what is allowed."""
+
+
+def packaged_novel() -> Path:
+    """The path of *Pride and Prejudice*, the text that comes with the package."""
+    return Path(__file__).parent / "data" / "pride_and_prejudice.txt"
+
+
+# ---- texts ----
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of one split.
+
+    Attributes:
+        rows: a data set with one column, "text". None in it stands for an empty text.
+        joiner: None where each row is a document of its own (it gets the tokenizer's special tokens, if it adds any).
+            A string where the rows are the lines of one running text, which this string joins.
+    """
+
+    rows: datasets.Dataset | datasets.IterableDataset
+    joiner: str | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.rows, datasets.IterableDataset)
+
+    def batches(self, max_rows: int | None = None) -> Iterator[list[str]]:
+        """What to tokenise, ROWS_PER_BATCH rows at a time, of the first max_rows rows."""
+        rows = itertools.islice(self.rows, max_rows)
+        while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
+            yield join_rows([row["text"] for row in batch], self.joiner)
+
+
+def join_rows(rows: list[str | None], joiner: str | None) -> list[str]:
+    """The strings to tokenise for consecutive rows: each document, or their running text as one string."""
+    texts = [text or "" for text in rows]
+    return texts if joiner is None else ["".join(text + joiner for text in texts)]
+
+
+def file_format(path: str, argument: str) -> str:
+    """The `datasets` builder for a file, a compressed file or a glob pattern.
+
+    Raises:
+        UsageError: no such file, or its suffix is none of FILE_FORMATS (and none of these before one of COMPRESSIONS).
+    """
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    suffix = next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSIONS), "")
+    if suffix not in FILE_FORMATS:
+        raise UsageError(
+            f"{argument} {path}: cannot read files of this kind; the name must end in one of "
+            f"{', '.join(FILE_FORMATS)}, with or without {', '.join(COMPRESSIONS)} after it"
+        )
+    if not _files(path):
+        raise UsageError(f"{argument} {path}: there is no such file")
+    return FILE_FORMATS[suffix]
+
+
+def _files(path: str) -> list[str]:
+    """The absolute names of the files that a name or a glob pattern stands for."""
+    names = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
+    return [str(Path(name).resolve()) for name in names]
+
+
+def load_texts(
+    *,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    streaming: bool = False,
+    validation_split_percentage: int = 5,
+    keep_linebreaks: bool = True,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> dict[str, Texts]:
+    """Load the texts of the splits "train" and "validation", as far as there are any.
+
+    The source is a data set of the Hub (or a local folder of one), local files, or, when none is named, the packaged
+    novel. In files and data sets the text is the column "text", else the first column of strings.
+
+    Without validation texts of its own, a source is split. The last validation_split_percentage per cent of the rows
+    (of a text file: lines) are held out: a tail, since neighbouring rows of shuffled texts would tell on each other.
+    A stream has no known end: there the first rows are held out, that percentage of STREAM_WINDOW rows. Every row is
+    in exactly one split; with 0 per cent there is no validation split.
+
+    Raises:
+        UsageError: files or data set that cannot be read or hold no text, or too few rows to split.
+    """
+    if dataset_name is not None:
+        splits = _load_hub(dataset_name, dataset_config_name, streaming, cache_dir, token)
+    else:
+        if train_file is None and validation_file is None:
+            train_file = str(packaged_novel())
+        files = {"train": ("--train_file", train_file), "validation": ("--validation_file", validation_file)}
+        splits = {
+            split: _load_file(argument, path, streaming, keep_linebreaks, cache_dir)
+            for split, (argument, path) in files.items()
+            if path is not None
+        }
+    if "validation" not in splits and validation_split_percentage > 0:
+        splits["train"], splits["validation"] = _hold_out(splits["train"], validation_split_percentage)
+    return splits
+
+
+def _load_file(argument: str, path: str, streaming: bool, keep_linebreaks: bool, cache_dir: str | None) -> Texts:
+    builder = file_format(path, argument)
+    options: dict[str, Any] = {}
+    if builder == "text":
+        options["keep_linebreaks"] = keep_linebreaks
+    elif builder == "csv":
+        # pandas reads words such as "NA" and "null" as missing; they are text here.
+        options.update(keep_default_na=False, na_values=[""])
+    # `datasets` reads every name as a pattern.
+    data_files = {"train": [glob.escape(name) for name in _files(path)]}
+    try:
+        rows = datasets.load_dataset(
+            builder, data_files=data_files, split="train", streaming=streaming, cache_dir=cache_dir, **options
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UsageError(f"{argument} {path}: cannot be read as {builder}: {error.__cause__ or error}") from error
+    rows = _text_column(rows, f"{argument} {path}")
+    if builder != "text":
+        return Texts(rows)
+    return Texts(rows, joiner="" if keep_linebreaks else " ")
+
+
+def _load_hub(
+    name: str, config_name: str | None, streaming: bool, cache_dir: str | None, token: str | None
+) -> dict[str, Texts]:
+    source = f"--dataset_name {name}" + (f" --dataset_config_name {config_name}" if config_name else "")
+    try:
+        loaded = datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=cache_dir, token=token)
+    except (OSError, ValueError) as error:  # no network, no such data set, no such configuration
+        raise UsageError(f"{source}: {error}") from error
+    if "train" not in loaded:
+        raise UsageError(f"{source}: has no split named train, only {', '.join(loaded)}")
+    return {split: Texts(_text_column(loaded[split], source)) for split in ("train", "validation") if split in loaded}
+
+
+def _text_column(rows: datasets.Dataset | datasets.IterableDataset, source: str):
+    """Keep the column of texts alone, under the name "text"."""
+    features = rows.features
+    if features is None:  # some streams know theirs only after the first row
+        first = next(iter(rows), {})
+        features = {name: datasets.Value("string") for name, value in first.items() if isinstance(value, str)}
+        names = list(first)
+    else:
+        names = list(features)
+    strings = [name for name in names if getattr(features.get(name), "dtype", None) in ("string", "large_string")]
+    if not strings:
+        raise UsageError(f"{source}: there is no column of strings; the columns are: {', '.join(names) or 'none'}")
+    column = "text" if "text" in strings else strings[0]
+    if len(names) > 1:
+        logger.info(f"{source}: reading the column {column!r} of {', '.join(names)}")
+    rows = rows.select_columns(column)
+    return rows if column == "text" else rows.rename_column(column, "text")
+
+
+def _hold_out(texts: Texts, percentage: int) -> tuple[Texts, Texts]:
+    """Split into (training, validation) as load_texts describes."""
+    rows = texts.rows
+    if texts.is_stream:
+        held_out = STREAM_WINDOW * percentage // 100
+        logger.info(f"validation: the first {held_out:,} rows of the stream; training: all the others")
+        train, validation = rows.skip(held_out), rows.take(held_out)
+    else:
+        held_out = -(-len(rows) * percentage // 100)
+        if held_out >= len(rows):
+            raise UsageError(
+                f"--validation_split_percentage {percentage}: {len(rows)} row(s) of text cannot be split; "
+                "give --validation_file, or 0 for no validation"
+            )
+        logger.info(f"validation: the last {held_out:,} of {len(rows):,} rows; training: all the others")
+        first = len(rows) - held_out
+        train, validation = rows.select(range(first)), rows.select(range(first, len(rows)))
+    return Texts(train, texts.joiner), Texts(validation, texts.joiner)
+
+
+# ---- tokenizer ----
+
+
+def train_bpe(texts: Texts, vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
+    """Train a byte-level BPE, as GPT-2's: it can write any text, and END_OF_TEXT is its token 0.
+
+    Args:
+        texts: all of it is used; of a stream, the first STREAM_WINDOW rows.
+        vocab_size: the size to reach. The result is smaller where the text has fewer pairs to merge.
+
+    Raises:
+        UsageError: vocab_size is below SMALLEST_VOCAB_SIZE.
+    """
+    if vocab_size < SMALLEST_VOCAB_SIZE:
+        raise UsageError(
+            f"--vocab_size {vocab_size}: must be at least {SMALLEST_VOCAB_SIZE}, for the 256 bytes and {END_OF_TEXT}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    batches = texts.batches(STREAM_WINDOW if texts.is_stream else None)
+    tokenizer.train_from_iterator(batches, trainer)
+    return tokenizer
+
+
+# ---- tokens ----
+
+
+def token_dtype(tokenizer) -> str:
+    """The smallest of the dtypes "uint16" and "int32" that holds every id of a tokenizer."""
+    return "uint16" if len(tokenizer) <= 2**16 else "int32"
+
+
+def tokenize(strings: list[str], tokenizer, joiner: str | None) -> list[np.ndarray]:
+    """The token ids of each string that join_rows returned, 1-D arrays of token_dtype.
+
+    Lines of a running text get no special tokens: its lines do not begin or end anything.
+    """
+    encoded = tokenizer(
+        strings,
+        add_special_tokens=joiner is None,
+        return_attention_mask=False,
+        verbose=False,  # texts longer than the model's context are expected: they are cut into blocks
+    )
+    return [np.asarray(ids, dtype=token_dtype(tokenizer)) for ids in encoded["input_ids"]]
+
+
+def _tokenize_rows(batch: dict[str, list], joiner: str | None, tokenizer) -> dict[str, list[np.ndarray]]:
+    return {"input_ids": tokenize(join_rows(batch["text"], joiner), tokenizer, joiner)}
+
+
+class TokenBlocks(torch.utils.data.Dataset):
+    """Blocks of block_size tokens, cut from the tokens of all texts in a row.
+
+    Item i is {"input_ids": int64 tensor of shape (block_size,)}. The tokens stay in the memory-mapped Arrow file that
+    `datasets` keeps in its cache; a block is copied out when it is asked for, so neither the number of tokens nor the
+    block size costs memory or a second file.
+
+    Args:
+        tokens: a data set whose column "input_ids" holds lists of token ids, of any lengths.
+        block_size: tokens a block.
+        max_blocks: use only the first max_blocks blocks.
+
+    Attributes:
+        total_tokens: the tokens in the data set.
+        dropped_tokens: those after the last complete block, in no block whatever max_blocks is.
+    """
+
+    def __init__(self, tokens: datasets.Dataset, block_size: int, max_blocks: int | None = None):
+        self.tokens = tokens
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+        column = tokens.with_format("arrow")[:]["input_ids"]
+        self._chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
+        # The position of each chunk's first token in the whole, and the end of the whole.
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
+        self.total_tokens = int(self._starts[-1])
+        self.dropped_tokens = self.total_tokens % block_size
+        blocks = self.total_tokens // block_size
+        self._length = blocks if max_blocks is None else min(blocks, max_blocks)
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Texts,
+        tokenizer,
+        block_size: int,
+        *,
+        max_blocks: int | None = None,
+        num_proc: int | None = None,
+        overwrite_cache: bool = False,
+        description: str = "Tokenising",
+    ) -> "TokenBlocks":
+        """Tokenise texts in num_proc processes, or take their tokens from the cache of `datasets`.
+
+        The cache knows the texts and the tokenizer by content: another run, another process or another block size
+        finds the same tokens again. A stream is tokenised into memory, up to max_blocks.
+        """
+        if texts.is_stream:
+            stream = TokenStream(texts, tokenizer, block_size, max_blocks)
+            blocks = [block["input_ids"].numpy() for block in stream]
+            features = datasets.Features(input_ids=datasets.Sequence(datasets.Value(token_dtype(tokenizer))))
+            return cls(datasets.Dataset.from_dict({"input_ids": blocks}, features=features), block_size)
+        # The tokenizer's own pickle tells where it was loaded from; its content is what decides the tokens.
+        content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+        tokens = texts.rows.map(
+            _tokenize_rows,
+            batched=True,
+            batch_size=ROWS_PER_BATCH,
+            num_proc=num_proc,
+            remove_columns=texts.rows.column_names,
+            fn_kwargs={"joiner": texts.joiner, "tokenizer": tokenizer},
+            features=datasets.Features(input_ids=datasets.Sequence(datasets.Value(token_dtype(tokenizer)))),
+            load_from_cache_file=not overwrite_cache,
+            new_fingerprint=Hasher.hash(("hf_mars.corpus", texts.rows._fingerprint, texts.joiner, content)),
+            desc=description,
+        )
+        return cls(tokens, block_size, max_blocks)
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if not 0 <= i < self._length:
+            raise IndexError(f"block {i} of {self._length}")
+        position, end = i * self.block_size, (i + 1) * self.block_size
+        block = np.empty(self.block_size, dtype=np.int64)
+        filled = 0
+        chunk = int(np.searchsorted(self._starts, position, side="right")) - 1
+        while position < end:
+            part = self._chunks[chunk][position - self._starts[chunk] : end - self._starts[chunk]]
+            block[filled : filled + len(part)] = part
+            filled += len(part)
+            position += len(part)
+            chunk += 1
+        return {"input_ids": torch.from_numpy(block)}
+
+    def __reduce__(self):
+        # A data loader's worker opens the memory map anew instead of receiving the tokens.
+        return type(self), (self.tokens, self.block_size, self.max_blocks)
+
+
+class TokenStream(torch.utils.data.IterableDataset):
+    """Blocks of block_size tokens, made while the texts are read; each pass starts at the first text.
+
+    Yields {"input_ids": int64 tensor of shape (block_size,)}. The workers of a data loader read different shards
+    (files) of the texts; each leaves at most one incomplete block unused. With max_blocks, a pass ends after that many
+    blocks, shared out equally among the workers.
+    """
+
+    def __init__(self, texts: Texts, tokenizer, block_size: int, max_blocks: int | None = None):
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+
+    def __iter__(self):
+        limit = self.max_blocks
+        worker = torch.utils.data.get_worker_info()
+        if limit is not None and worker is not None:
+            limit = limit // worker.num_workers + (worker.id < limit % worker.num_workers)
+        return itertools.islice(self._blocks(), limit)
+
+    def _blocks(self):
+        rest = np.empty(0, dtype=np.int64)
+        for strings in self.texts.batches():
+            rest = np.concatenate([rest, *tokenize(strings, self.tokenizer, self.texts.joiner)], dtype=np.int64)
+            complete = len(rest) - len(rest) % self.block_size
+            for start in range(0, complete, self.block_size):
+                yield {"input_ids": torch.from_numpy(rest[start : start + self.block_size].copy())}
+            rest = rest[complete:]
+        logger.info(f"end of the stream: {len(rest)} tokens after the last complete block are not used")
+
+
+def collate_blocks(blocks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch for a causal language model: input_ids and labels, int64 of shape (blocks, block_size), equal.
+
+    The model itself compares position i with label i + 1.
+    """
+    input_ids = torch.stack([block["input_ids"] for block in blocks])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}

@@ -1,0 +1,116 @@
+"""Metrics of causal language models, computed without the network and without keeping logits."""
+
+import math
+
+import datasets
+import evaluate
+import numpy as np
+
+IGNORED_LABEL = -100
+
+_DESCRIPTION = "The share of tokens that the model's most likely next token predicts, over the labels that count."
+_INPUTS = """
+Args:
+    predictions: token ids of shape (sequences, length), integers. predictions[:, i] was made from the tokens up to and
+        including position i, so it is compared with references[:, i + 1].
+    references: labels of the same shape; -100 marks a position that does not count.
+Returns:
+    accuracy: the share of right predictions, between 0 and 1; nan when no label counts.
+"""
+
+
+class NextTokenAccuracy(evaluate.Metric):
+    """Next-token accuracy as an `evaluate.Metric` that keeps two integers instead of its inputs.
+
+    `evaluate.Metric` writes every prediction to an Arrow file and reads all of them back to compute; for token ids
+    that takes seconds per million. Accuracy is a ratio of counts, so `add_batch` counts and `compute` divides: the
+    inputs can be given at once or batch by batch, and `compute` starts afresh afterwards.
+
+    The counts are those of this process. Under `Trainer` that is all there is to do, since it gathers predictions and
+    labels from every process first; `num_process > 1` (evaluate's own merging over files) raises ValueError.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.num_process != 1:
+            raise ValueError(
+                f"num_process must be 1, not {self.num_process}: gather predictions and references before add_batch"
+            )
+        self._reset()
+
+    def _reset(self):
+        self._correct = 0
+        self._total = 0
+
+    def _info(self):
+        token_ids = datasets.Sequence(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": token_ids, "references": token_ids}),
+        )
+
+    def add_batch(self, *, predictions, references):
+        """Count a batch. Arrays, CPU tensors or nested lists of shape (sequences, length); ValueError otherwise."""
+        predictions, references = np.asarray(predictions), np.asarray(references)
+        if predictions.shape != references.shape or predictions.ndim != 2:
+            raise ValueError(
+                "predictions and references must have one shape (sequences, length), "
+                f"not {predictions.shape} and {references.shape}"
+            )
+        guesses, targets = predictions[:, :-1], references[:, 1:]
+        counted = targets != IGNORED_LABEL
+        self._correct += int(np.count_nonzero((guesses == targets) & counted))
+        self._total += int(np.count_nonzero(counted))
+
+    def add(self, *, prediction, reference):
+        """Count one sequence, two sequences of ids of shape (length,)."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def compute(self, *, predictions=None, references=None):
+        """{"accuracy": float} over all that was added, and over the given batch; then forget it all."""
+        if predictions is not None or references is not None:
+            self.add_batch(predictions=predictions, references=references)
+        accuracy = self._correct / self._total if self._total else math.nan
+        self._reset()
+        return {"accuracy": accuracy}
+
+
+class ComputeNextTokenAccuracy:
+    """`Trainer(compute_metrics=…)` for next-token accuracy, with or without `batch_eval_metrics`.
+
+    Needs `preprocess_logits_for_metrics=most_likely_tokens`, so that logits never leave their batch.
+    """
+
+    def __init__(self):
+        self.metric = NextTokenAccuracy()
+
+    def __call__(self, prediction, compute_result=True):
+        """prediction: a transformers `EvalPrediction` of token ids and labels, both (sequences, length)."""
+        self.metric.add_batch(
+            predictions=_to_numpy(prediction.predictions), references=_to_numpy(prediction.label_ids)
+        )
+        return self.metric.compute() if compute_result else {}
+
+
+def _to_numpy(array):
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
+def most_likely_tokens(logits, labels):
+    """Token ids of shape (sequences, length) from logits of shape (sequences, length, vocabulary).
+
+    Some models return more than logits; these come first in the tuple.
+    """
+    if isinstance(logits, tuple):
+        logits = logits[0]
+    return logits.argmax(dim=-1)
+
+
+def perplexity(loss):
+    """exp of a mean loss in nats per token; inf where that exceeds the largest float, nan for nan."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,80 @@
+"""What the tests of run_clm.py and its data share: a tiny model's arguments, a character tokenizer, text files."""
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import run_clm  # noqa: E402
+
+TINY_MODEL = ["--config_overrides", "n_layer=1,n_head=2,n_embd=32,n_positions=32", "--vocab_size", "300"]
+QUIET = ["--disable_tqdm", "true", "--report_to", "none", "--use_cpu", "true"]
+DOCUMENTS = [f"Document {i}: {'word ' * (i % 7)}and an end." for i in range(2500)]
+
+
+class CharacterTokenizer:
+    """One token a character, its code point plus one; token 0 begins a text when special tokens are asked for."""
+
+    is_fast = False
+
+    def __len__(self):
+        return 2**8
+
+    def __call__(self, texts, add_special_tokens=True, return_attention_mask=False, verbose=True):
+        begin = [0] if add_special_tokens else []
+        return {"input_ids": [begin + [1 + ord(character) for character in text] for text in texts]}
+
+    def decode(self, ids):
+        return "".join(chr(i - 1) for i in ids if i > 0)
+
+
+def write_documents(path, documents=DOCUMENTS, column="text"):
+    """One document a row, or a line, in the format that the suffix of path names."""
+    rows = [{"number": i, column: document, "other": "no"} for i, document in enumerate(documents)]
+    lines = "".join(document + "\n" for document in documents)
+    if path.name.endswith(".txt.gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".txt":
+        path.write_text(lines)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+def run_main(*arguments):
+    """run_clm.main in this process, on a tiny model unless the arguments name one; the metrics it returns."""
+    tiny = [] if "--model_name_or_path" in arguments else TINY_MODEL
+    return run_clm.main([*map(str, arguments), *tiny, *QUIET])
+
+
+def run_script(*arguments, cwd):
+    """run_clm.py as a user starts it; the finished process with its captured output."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run_clm.py"), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def log_history(output_dir):
+    return json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]

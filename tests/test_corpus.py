@@ -1,0 +1,291 @@
+"""No text lost, none in two splits, the same blocks however they are made."""
+
+import ast
+import itertools
+import pickle
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from clm_helpers import DOCUMENTS, ROOT, CharacterTokenizer, write_documents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_mars import corpus
+from hf_mars.corpus import Texts, TokenBlocks, TokenStream, UsageError, load_texts, train_bpe
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda **options: load_texts(cache_dir=str(tmp_path / "cache"), **options)
+
+
+def content(texts):
+    return "".join(itertools.chain.from_iterable(texts.batches()))
+
+
+def all_tokens(blocks):
+    return np.concatenate([block["input_ids"].numpy() for block in blocks])
+
+
+@pytest.mark.parametrize("module", ["corpus.py", "metrics.py"])
+def test_does_not_import_transformers(module):
+    tree = ast.parse((ROOT / "hf_mars" / module).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [
+        node.module if isinstance(node, ast.ImportFrom) else alias.name for node in imports for alias in node.names
+    ]
+    assert names and not [name for name in names if name.startswith("transformers")]
+
+
+# ---- loading and splitting ----
+
+
+def test_the_packaged_novel_is_split_at_its_tail(load):
+    splits = load(validation_split_percentage=5)
+    novel = corpus.packaged_novel().read_text()
+    train, validation = content(splits["train"]), content(splits["validation"])
+    assert train + validation == novel
+    assert 0.03 < len(validation) / len(novel) < 0.07
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.csv", "a.json", "a.jsonl", "a.parquet", "a[1].txt"])
+def test_every_format_gives_every_text(load, tmp_path, name, streaming):
+    path = write_documents(tmp_path / name)
+    splits = load(train_file=str(path), streaming=streaming, validation_split_percentage=0)
+    assert list(splits) == ["train"]
+    expected = "".join(document + ("\n" if ".txt" in name else "") for document in DOCUMENTS)
+    assert content(splits["train"]) == expected
+
+
+def test_a_pattern_stands_for_all_its_files_in_order(load, tmp_path):
+    for i in (2, 1, 3):
+        (tmp_path / f"{i}.txt").write_text(f"{i}\n")
+    splits = load(train_file=str(tmp_path / "*.txt"), validation_split_percentage=0)
+    assert content(splits["train"]) == "1\n2\n3\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_text_column_is_text_or_else_the_first_of_strings(load, tmp_path, streaming):
+    for column in ("text", "body"):
+        path = write_documents(tmp_path / f"{column}.jsonl", ["x", "y"], column)
+        splits = load(train_file=str(path), streaming=streaming, validation_split_percentage=0)
+        assert content(splits["train"]) == "xy"
+
+
+def test_words_that_pandas_takes_for_missing_stay(load, tmp_path):
+    path = write_documents(tmp_path / "a.csv", ["NA", "null", "", "None"])
+    assert content(load(train_file=str(path), validation_split_percentage=0)["train"]) == "NAnullNone"
+
+
+def test_without_line_breaks_lines_are_joined_by_spaces(load, tmp_path):
+    path = write_documents(tmp_path / "a.txt", ["one two", "three"])
+    splits = load(train_file=str(path), keep_linebreaks=False, validation_split_percentage=0)
+    assert content(splits["train"]) == "one two three "
+
+
+@pytest.mark.parametrize("percentage", [1, 5, 50, 99])
+def test_no_row_is_lost_or_in_both_splits(load, tmp_path, percentage):
+    path = write_documents(tmp_path / "a.jsonl")
+    splits = load(train_file=str(path), validation_split_percentage=percentage)
+    train, validation = splits["train"].rows["text"][:], splits["validation"].rows["text"][:]
+    assert [*train, *validation] == DOCUMENTS
+    assert len(validation) == len(DOCUMENTS) * percentage // 100
+
+
+def test_no_row_of_a_stream_is_lost_or_in_both_splits(load, tmp_path):
+    path = write_documents(tmp_path / "a.jsonl")
+    splits = load(train_file=str(path), streaming=True, validation_split_percentage=2)
+    train, validation = ([row["text"] for row in splits[name].rows] for name in ("train", "validation"))
+    assert [*validation, *train] == DOCUMENTS
+    assert len(validation) == corpus.STREAM_WINDOW * 2 // 100
+
+
+def test_own_validation_text_leaves_the_training_text_whole(load, tmp_path):
+    train, validation = write_documents(tmp_path / "a.txt"), write_documents(tmp_path / "b.csv", ["held out"])
+    splits = load(train_file=str(train), validation_file=str(validation))
+    assert len(splits["train"].rows) == len(DOCUMENTS)
+    assert content(splits["validation"]) == "held out"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_by_name(load, tmp_path, streaming):
+    for split in ("train", "validation"):
+        write_documents(tmp_path / f"{split}.jsonl", [split])
+    splits = load(dataset_name=str(tmp_path), streaming=streaming)
+    assert {name: content(texts) for name, texts in splits.items()} == {"train": "train", "validation": "validation"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train_file": "missing.txt"}, "--train_file .*missing.txt: there is no such file"),
+        ({"validation_file": "missing.csv"}, "--validation_file .*missing.csv: there is no such file"),
+        ({"train_file": "a.doc"}, r"--train_file .*a.doc: .*\.txt, \.csv, \.json, \.jsonl, \.parquet"),
+        ({"train_file": "empty.txt"}, "--train_file .*empty.txt: cannot be read as text"),
+        ({"train_file": "broken.jsonl"}, "--train_file .*broken.jsonl: cannot be read as json"),
+        ({"train_file": "numbers.csv"}, "numbers.csv: there is no column of strings; the columns are: a, b"),
+        ({"train_file": "line.txt"}, "--validation_split_percentage 5: 1 row"),
+        ({"dataset_name": "no-such-owner/no-such-data-set"}, "--dataset_name no-such-owner/no-such-data-set: "),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_read(load, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "a.doc": "x",
+        "empty.txt": "",
+        "broken.jsonl": '{"text": "a"}\n{"text',
+        "numbers.csv": "a,b\n1,2\n",
+        "line.txt": "only one line",
+    }.items():
+        Path(name).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load(**options)
+
+
+# ---- tokenizer ----
+
+
+def test_bpe_has_the_size_asked_for_and_writes_any_text(load):
+    tokenizer = train_bpe(load()["train"], 400)
+    assert tokenizer.get_vocab_size() == 400
+    assert tokenizer.token_to_id(corpus.END_OF_TEXT) == 0
+    text = "Mr. Darcy\n\n\t naïve 日本 🙂 \x00"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_bpe_learns_the_text_and_is_the_same_again(load, tmp_path):
+    path = write_documents(tmp_path / "a.txt", ["qqqq zzzz"] * 50)
+    texts = load(train_file=str(path))["train"]
+    tokenizers = [train_bpe(texts, 300) for _ in range(2)]
+    assert "qqqq" in tokenizers[0].get_vocab()
+    assert tokenizers[0].to_str() == tokenizers[1].to_str()
+
+
+def test_bpe_smaller_than_the_bytes_is_refused(load):
+    with pytest.raises(UsageError, match="--vocab_size 256: must be at least 257"):
+        train_bpe(load()["train"], 256)
+
+
+# ---- tokens and blocks ----
+
+
+def make_tokens(lengths):
+    """Texts of the given lengths whose tokens count up from 0, in several Arrow chunks."""
+    counter = itertools.count()
+    texts = [[next(counter) for _ in range(length)] for length in lengths]
+    features = datasets.Features(input_ids=datasets.Sequence(datasets.Value("int32")))
+    parts = [datasets.Dataset.from_dict({"input_ids": texts[i : i + 2]}, features) for i in range(0, len(texts), 2)]
+    return datasets.concatenate_datasets(parts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=9), block_size=st.integers(1, 7))
+def test_blocks_are_the_tokens_in_order(lengths, block_size):
+    blocks = TokenBlocks(make_tokens(lengths), block_size)
+    assert blocks.total_tokens == sum(lengths)
+    assert len(blocks) == sum(lengths) // block_size
+    assert blocks.dropped_tokens == sum(lengths) % block_size
+    for i in range(len(blocks)):
+        assert blocks[i]["input_ids"].dtype == torch.int64
+        assert blocks[i]["input_ids"].tolist() == list(range(i * block_size, (i + 1) * block_size))
+
+
+def test_blocks_have_ends():
+    blocks = TokenBlocks(make_tokens([5, 6]), 2, max_blocks=3)
+    assert len(list(blocks)) == len(blocks) == 3
+    for i in (3, -1):
+        with pytest.raises(IndexError):
+            blocks[i]
+
+
+def test_selected_texts_give_their_own_tokens():
+    blocks = TokenBlocks(make_tokens([2, 2, 2, 2]).select([3, 0]), 2)
+    assert [block["input_ids"].tolist() for block in blocks] == [[6, 7], [0, 1]]
+
+
+def test_blocks_travel_to_workers_without_their_tokens(load, tmp_path):
+    path = write_documents(tmp_path / "a.jsonl", ["x" * 10_000] * 20)
+    blocks = TokenBlocks.from_texts(load(train_file=str(path))["train"], CharacterTokenizer(), 8, max_blocks=99)
+    pickled = pickle.dumps(blocks)
+    assert len(pickled) < 20_000
+    copy = pickle.loads(pickled)
+    assert len(copy) == 99 and torch.equal(copy[98]["input_ids"], blocks[98]["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_packing_loses_nothing_where_batches_end(load, tmp_path, name, num_proc):
+    path = write_documents(tmp_path / name)
+    tokenizer = CharacterTokenizer()
+    texts = load(train_file=str(path), validation_split_percentage=0)["train"]
+    blocks = TokenBlocks.from_texts(texts, tokenizer, 64, num_proc=num_proc)
+    begins = len(DOCUMENTS) if name == "a.jsonl" else 0  # each document begins with a token, lines do not
+    whole = content(texts)
+    assert blocks.total_tokens == len(whole) + begins
+    tokens = all_tokens(blocks)
+    assert len(tokens) + blocks.dropped_tokens == blocks.total_tokens
+    assert (tokens == 0).sum() == begins
+    assert whole.startswith(tokenizer.decode(tokens)) and len(tokenizer.decode(tokens)) > len(whole) - 64
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_stream_gives_the_blocks_of_the_file(load, tmp_path, name):
+    path, tokenizer = write_documents(tmp_path / name), CharacterTokenizer()
+    options = {"train_file": str(path), "validation_split_percentage": 0}
+    stored = TokenBlocks.from_texts(load(**options)["train"], tokenizer, 64)
+    stream = TokenStream(load(**options, streaming=True)["train"], tokenizer, 64)
+    for _ in range(2):  # each pass starts anew
+        assert np.array_equal(all_tokens(stream), all_tokens(stored))
+    in_memory = TokenBlocks.from_texts(load(**options, streaming=True)["train"], tokenizer, 64, max_blocks=10)
+    assert len(in_memory) == 10 and np.array_equal(all_tokens(in_memory), all_tokens(stored)[: 10 * 64])
+
+
+def test_workers_share_out_a_stream(load, tmp_path):
+    for i in range(2):
+        write_documents(tmp_path / f"{i}.jsonl", [chr(ord("a") + i) * 63] * 40)
+    options = {"train_file": str(tmp_path / "*.jsonl"), "validation_split_percentage": 0, "streaming": True}
+    stream = TokenStream(load(**options)["train"], CharacterTokenizer(), 64, max_blocks=25)
+    blocks = list(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2))
+    firsts = [int(block["input_ids"][1]) for block in blocks]
+    assert sorted(firsts) == [1 + ord("a")] * 13 + [1 + ord("b")] * 12
+
+
+def test_tokens_are_reused_until_text_or_tokenizer_changes(load, tmp_path, monkeypatch):
+    path = write_documents(tmp_path / "a.jsonl", ["abc"] * 10)
+    calls = []
+    tokenize = corpus.tokenize
+    monkeypatch.setattr(corpus, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
+
+    def tokenized_anew(tokenizer=None, block_size=4, **options):
+        calls.clear()
+        texts = load(train_file=str(path), validation_split_percentage=0)["train"]
+        TokenBlocks.from_texts(texts, tokenizer or CharacterTokenizer(), block_size, **options)
+        return bool(calls)
+
+    class OtherTokenizer(CharacterTokenizer):
+        pass
+
+    assert tokenized_anew()
+    assert not tokenized_anew()
+    assert not tokenized_anew(block_size=8)
+    assert tokenized_anew(overwrite_cache=True)
+    assert tokenized_anew(tokenizer=OtherTokenizer())
+    write_documents(path, ["abcd"] * 10)
+    assert tokenized_anew()
+
+
+def test_missing_texts_count_as_empty():
+    texts = Texts(datasets.Dataset.from_dict({"text": ["ab", None, "c"]}))
+    assert TokenBlocks.from_texts(texts, CharacterTokenizer(), 2).total_tokens == 3 + 3
+
+
+def test_labels_are_a_copy_of_the_inputs():
+    batch = corpus.collate_blocks([{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3, 4])}])
+    assert batch["labels"].tolist() == batch["input_ids"].tolist() == [[1, 2], [3, 4]]
+    batch["labels"][0, 0] = -100
+    assert batch["input_ids"][0, 0] == 1
