@@ -1,0 +1,734 @@
+#!/usr/bin/env python
+"""Train a causal language model with MARS: from scratch or from a pretrained model, on the Hub's data or local files.
+
+    python run_clm.py --output_dir out --max_steps 20                                  # a small GPT-2, a novel
+    python run_clm.py --output_dir out --model_name_or_path gpt2 --train_file my.txt   # fine-tuning
+    python run_clm.py recipe.yaml --output_dir out                                     # arguments from a file
+
+docs/run_clm.md describes every argument.
+"""
+
+import difflib
+import json
+import logging
+import re
+import shutil
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tokenizers import Tokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from hf_mars import MarsTrainer, MarsTrainingArguments
+from hf_mars.corpus import (
+    END_OF_TEXT,
+    TokenBlocks,
+    TokenStream,
+    UsageError,
+    collate_blocks,
+    file_format,
+    load_texts,
+    train_bpe,
+)
+from hf_mars.metrics import ComputeNextTokenAccuracy, most_likely_tokens, perplexity
+
+logger = logging.getLogger("run_clm")
+
+DEFAULT_VOCAB_SIZE = 2048
+DEFAULT_BLOCK_SIZE = 1024
+# What is trained when the command line says nothing about the model: minutes on two CPU cores.
+SMALL_GPT2 = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128}
+SAMPLE_TOKENS = 100
+
+
+# ---- arguments ----
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer. With none of them, a small GPT-2 is trained from scratch."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Fine-tune this model: a folder or a name on the Hub."}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": "Train a new model of this type (gpt2, llama, …) from scratch."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Settings of a new model, such as n_embd=256,n_layer=6,resid_pdrop=0.0."},
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Train a new model with this configuration: a folder, a file or a name on the Hub."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer, if not the model's own: a folder or a name on the Hub."},
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Size of the byte-level BPE that is trained when a new model comes with no tokenizer "
+            f"({DEFAULT_VOCAB_SIZE} if not given)."
+        },
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and data sets are kept."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a tokenizer of the tokenizers library."})
+    model_revision: str = field(
+        default="main", metadata={"help": "Branch, tag or commit of the model on the Hub, and of its tokenizer."}
+    )
+    token: str | None = field(default=None, metadata={"help": "Access token of the Hub, if not the saved login."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model and tokenizer code that comes from the Hub."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of the weights; if not given, that of the checkpoint, float32 for a new model.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+    @property
+    def is_pretrained(self) -> bool:
+        return self.model_name_or_path is not None
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        return self.tokenizer_name is None and not self.is_pretrained
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which texts. With none of them, the novel that comes with hf_mars."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a folder of one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training text: a txt, csv, json, jsonl or parquet file, or a glob pattern."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Validation text, as for train_file."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many blocks only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many blocks only."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read and tokenise the training text while training; needs max_steps."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens in a training example; if not given, what the model has positions for, at most "
+            f"{DEFAULT_BLOCK_SIZE}."
+        },
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again, whatever is in the cache."})
+    validation_split_percentage: int = field(
+        default=5,
+        metadata={"help": "Share of the training text to hold out when there is no validation text; 0 for none."},
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    keep_linebreaks: bool = field(
+        default=True, metadata={"help": "Keep the line breaks of txt files; otherwise they become spaces."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """What to do with the output folder, and after training."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew in an output_dir that is not empty: its checkpoints and results are removed."},
+    )
+    sample_prompt: str | None = field(
+        default=None, metadata={"help": "At the end, print how the model continues this text."}
+    )
+
+
+def parse_arguments(argv: list[str]):
+    """(ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments) from the command line.
+
+    A first argument that ends in .json, .yaml or .yml is a file of arguments; those on the command line come on top.
+    Training and evaluation are both on unless do_train or do_eval says otherwise.
+    """
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        argv = arguments_of_file(argv[0]) + argv[1:]
+    parser = HfArgumentParser(
+        (ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments),
+        description=__doc__.split("\n")[0] + " Does both training and evaluation unless do_train or do_eval is given.",
+    )
+    # None tells "not given" from "false", which TrainingArguments cannot.
+    parser.set_defaults(do_train=None, do_eval=None)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if unknown:
+        names = [f.name for arguments in parsed for f in fields(arguments) if f.init]
+        key = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+        raise UsageError(f"unknown argument {unknown[0]}; the nearest valid one is --{nearest}")
+    training_args = parsed[-1]
+    if training_args.do_train is None and training_args.do_eval is None:
+        training_args.do_train = training_args.do_eval = True
+    training_args.do_train = bool(training_args.do_train)
+    training_args.do_eval = bool(training_args.do_eval) or training_args.eval_strategy != "no"
+    return parsed
+
+
+def arguments_of_file(path: str) -> list[str]:
+    """The command line that a json or yaml file of arguments stands for."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as a file of arguments: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: must hold one mapping of argument names to values, not a {type(values).__name__}")
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return argv
+
+
+def check_arguments(model_args, data_args, training_args) -> None:
+    """Raise UsageError for whatever cannot work, as far as that shows before anything is loaded."""
+    if not (training_args.do_train or training_args.do_eval):
+        raise UsageError("--do_train false --do_eval false: there is nothing to do; set one of them to true")
+
+    if training_args.eval_on_start and not training_args.do_eval:
+        raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")
+
+    if model_args.is_pretrained:
+        for name in ("model_type", "config_overrides"):
+            if value := getattr(model_args, name):
+                raise UsageError(
+                    f"--{name} {value}: is for a new model, but --model_name_or_path {model_args.model_name_or_path} "
+                    "brings its own configuration; drop one of the two"
+                )
+    if model_args.model_type is not None:
+        if model_args.config_name is not None:
+            raise UsageError(
+                f"--model_type {model_args.model_type}: --config_name {model_args.config_name} already says it; "
+                "drop one of the two"
+            )
+        if model_args.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            allowed = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+            nearest = difflib.get_close_matches(model_args.model_type, allowed, n=1, cutoff=0.0)[0]
+            raise UsageError(
+                f"--model_type {model_args.model_type}: is not a causal language model that transformers knows; "
+                f"the nearest is {nearest}. Allowed: {', '.join(allowed)}"
+            )
+    if model_args.vocab_size is not None and not model_args.trains_tokenizer:
+        raise UsageError(
+            f"--vocab_size {model_args.vocab_size}: is for a tokenizer that is trained here, but "
+            f"{'--tokenizer_name' if model_args.tokenizer_name else '--model_name_or_path'} brings one; drop it"
+        )
+
+    for name, smallest in (
+        ("block_size", 2),
+        ("max_train_samples", 1),
+        ("max_eval_samples", 1),
+        ("preprocessing_num_workers", 1),
+    ):
+        value = getattr(data_args, name)
+        if value is not None and value < smallest:
+            raise UsageError(f"--{name} {value}: must be at least {smallest}")
+    if not 0 <= data_args.validation_split_percentage < 100:
+        raise UsageError(
+            f"--validation_split_percentage {data_args.validation_split_percentage}: must be between 0 and 99"
+        )
+
+    for name in ("train_file", "validation_file"):
+        if path := getattr(data_args, name):
+            file_format(path, f"--{name}")
+            if data_args.dataset_name is not None:
+                raise UsageError(
+                    f"--{name} {path}: give either files or --dataset_name {data_args.dataset_name}, not both"
+                )
+    has_validation = data_args.dataset_name is not None or data_args.validation_file is not None
+    if data_args.validation_file is not None and data_args.train_file is None and training_args.do_train:
+        raise UsageError(
+            f"--validation_file {data_args.validation_file}: there is no text to train on; "
+            "give --train_file too, or --do_eval without --do_train"
+        )
+    if training_args.do_eval and not has_validation and data_args.validation_split_percentage == 0:
+        raise UsageError(
+            "--validation_split_percentage 0: leaves nothing to evaluate on; "
+            "give --validation_file, or a percentage between 1 and 99, or --do_train without --do_eval"
+        )
+    if data_args.streaming and training_args.do_train:
+        if training_args.max_steps <= 0:
+            raise UsageError(
+                f"--streaming needs --max_steps, a positive number, not {training_args.max_steps}: "
+                "a stream has no length that a number of epochs could be counted in"
+            )
+        may_split = data_args.validation_file is None and data_args.validation_split_percentage > 0
+        if training_args.dataloader_num_workers > 1 and may_split:
+            # Workers share out a stream by files, so that "all but its first rows" would mean other rows in each.
+            raise UsageError(
+                f"--dataloader_num_workers {training_args.dataloader_num_workers}: a stream is split into training "
+                "and validation rows by one worker; use at most 1, or --validation_split_percentage 0"
+            )
+
+
+# ---- output folder ----
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+RESULT_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+
+
+def checkpoint_to_resume(training_args, run_args) -> str | None:
+    """The checkpoint to go on from; None to start at step 0.
+
+    Raises:
+        UsageError: the checkpoint asked for does not exist or is incomplete, or the run would write over what is
+            already in output_dir without having been asked to.
+    """
+    output_dir = Path(training_args.output_dir)
+    asked = str(training_args.resume_from_checkpoint)
+    mode = asked.lower()
+    content = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+
+    if mode in ("none", "false"):
+        if content and not run_args.overwrite_output_dir:
+            raise UsageError(
+                f"--output_dir {output_dir}: is not empty ({', '.join(content[:5])}{', …' if content[5:] else ''}); "
+                "go on from its last checkpoint with --resume_from_checkpoint true, start anew and remove its "
+                "checkpoints with --overwrite_output_dir, or choose another folder"
+            )
+        return None
+    if run_args.overwrite_output_dir:
+        raise UsageError(
+            f"--resume_from_checkpoint {asked}: contradicts --overwrite_output_dir, which removes the checkpoints; "
+            "drop one of the two"
+        )
+    if mode in ("true", "auto"):
+        checkpoint = last_checkpoint(output_dir)
+        if checkpoint is None and mode == "true":
+            raise UsageError(
+                f"--resume_from_checkpoint {asked}: there is no complete checkpoint in --output_dir {output_dir}; "
+                "with auto the run would start anew"
+            )
+        if checkpoint is None and "config.json" in content:
+            raise UsageError(
+                f"--resume_from_checkpoint {asked}: --output_dir {output_dir} holds a finished model but no complete "
+                "checkpoint; replace the model with --overwrite_output_dir, or choose another folder"
+            )
+    else:
+        checkpoint = Path(asked)
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise UsageError(
+                f"--resume_from_checkpoint {asked}: is no folder with a complete checkpoint; "
+                "allowed: true, auto, false or the path of a checkpoint-N folder"
+            )
+        if content and checkpoint.resolve().parent != output_dir.resolve():
+            raise UsageError(
+                f"--resume_from_checkpoint {asked}: lies outside of --output_dir {output_dir}, which is not empty; "
+                "choose an empty folder, or the checkpoint's own"
+            )
+    if checkpoint is None:
+        return None
+    if not [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]:
+        raise UsageError(
+            f"--resume_from_checkpoint {asked}: {checkpoint} has no optimizer state (was it saved with "
+            "--save_only_model?); start a new run from its weights with --model_name_or_path"
+        )
+    return str(checkpoint)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The complete checkpoint-N with the largest N. The trainer state is written last, so it marks a complete one."""
+    found = [(int(match[1]), path) for path in output_dir.glob("*") if (match := CHECKPOINT.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        if (path / "trainer_state.json").is_file():
+            return path
+        logger.warning(f"{path} is incomplete and is passed over")
+    return None
+
+
+def files_of_previous_run(output_dir: Path, sources: list[str | None]) -> list[Path]:
+    """What --overwrite_output_dir deletes: the checkpoints and result files in output_dir, and nothing else.
+
+    The model and the tokenizer there stay until those of the new run replace them.
+
+    Raises:
+        UsageError: one of sources (the model, configuration and tokenizer of the new run) is among them.
+    """
+    stale = [path for path in output_dir.glob("*") if CHECKPOINT.fullmatch(path.name)]
+    stale += [output_dir / name for name in RESULT_FILES if (output_dir / name).exists()]
+    for source in filter(None, sources):
+        for path in stale:
+            if Path(source).resolve().is_relative_to(path.resolve()):
+                raise UsageError(
+                    f"--overwrite_output_dir: would remove {path}, which this run reads; choose another --output_dir"
+                )
+    return stale
+
+
+# ---- model and tokenizer ----
+
+
+def hub_options(model_args) -> dict:
+    return {
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+
+
+def load_config(model_args, block_size: int | None):
+    """The model's configuration, still without the vocabulary of a tokenizer that is to be trained."""
+    argument = "config_name" if model_args.config_name else "model_name_or_path"
+    if name := getattr(model_args, argument):
+        revision = {} if model_args.config_name else {"revision": model_args.model_revision}
+        try:
+            config = AutoConfig.from_pretrained(name, **revision, **hub_options(model_args))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--{argument} {name}: no model configuration there: {error}") from error
+    elif model_args.model_type is not None:
+        config = CONFIG_MAPPING[model_args.model_type]()
+    else:
+        config = GPT2Config(**{**SMALL_GPT2, "n_positions": block_size or SMALL_GPT2["n_positions"]})
+        logger.info(f"no model is named: training a small GPT-2 from scratch ({SMALL_GPT2})")
+    if model_args.config_overrides:
+        override_config(config, model_args.config_overrides)
+    return config
+
+
+def override_config(config, overrides: str) -> None:
+    """Apply "key=value,key=value" to a configuration, in place."""
+    for entry in overrides.split(","):
+        key, equals, _ = entry.partition("=")
+        if not equals or not hasattr(config, key):
+            nearest = difflib.get_close_matches(key, config.to_dict(), n=1, cutoff=0.0)[0]
+            raise UsageError(
+                f"--config_overrides {overrides}: {entry!r} must be key=value with a key of the {config.model_type} "
+                f"configuration; the nearest is {nearest!r}"
+            )
+    try:
+        config.update_from_string(overrides)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--config_overrides {overrides}: {error}") from error
+
+
+def choose_block_size(block_size: int | None, config) -> int:
+    """The block size asked for, or what the model has positions for up to DEFAULT_BLOCK_SIZE."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if block_size is None:
+        return min(DEFAULT_BLOCK_SIZE, positions or DEFAULT_BLOCK_SIZE)
+    if positions is not None and block_size > positions:
+        raise UsageError(f"--block_size {block_size}: the model has {positions} positions; allowed: 2 to {positions}")
+    return block_size
+
+
+def load_tokenizer(model_args, checkpoint: str | None):
+    """The tokenizer that is named, or that a resumed run trained; None if one is to be trained."""
+    if model_args.trains_tokenizer:
+        return AutoTokenizer.from_pretrained(checkpoint) if checkpoint else None
+    argument = "tokenizer_name" if model_args.tokenizer_name else "model_name_or_path"
+    name = getattr(model_args, argument)
+    revision = {} if model_args.tokenizer_name else {"revision": model_args.model_revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, use_fast=model_args.use_fast_tokenizer, **revision, **hub_options(model_args)
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--{argument} {name}: no tokenizer there: {error}") from error
+    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
+        # Without its files, transformers makes a tokenizer of nothing but special tokens.
+        raise UsageError(f"--{argument} {name}: no tokenizer there; give --tokenizer_name")
+    return tokenizer
+
+
+def train_tokenizer(texts, vocab_size: int, block_size: int, show_progress: bool):
+    """A byte-level BPE trained on the main process and sent to the others."""
+    trained = [None]
+    if PartialState().is_main_process:
+        trained = [train_bpe(texts, vocab_size, show_progress=show_progress).to_str()]
+    broadcast_object_list(trained)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(trained[0]),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=block_size,
+    )
+    logger.info(f"trained a byte-level BPE of {len(tokenizer):,} tokens on the training text")
+    return tokenizer
+
+
+def fit_vocabulary(config, tokenizer, model_args) -> None:
+    """Give a new model the tokenizer's vocabulary; make sure that any model's embedding holds it."""
+    text_config = config.get_text_config()
+    if not model_args.is_pretrained:
+        overridden = {entry.partition("=")[0] for entry in (model_args.config_overrides or "").split(",")}
+        if "vocab_size" not in overridden and (model_args.trains_tokenizer or model_args.config_name is None):
+            text_config.vocab_size = len(tokenizer)
+        text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if (text_config.pad_token_id or 0) >= text_config.vocab_size:
+            text_config.pad_token_id = tokenizer.pad_token_id
+    if len(tokenizer) > text_config.vocab_size:
+        source = f"--tokenizer_name {model_args.tokenizer_name}" if model_args.tokenizer_name else "the tokenizer"
+        raise UsageError(
+            f"{source}: has {len(tokenizer)} tokens, but the model's embedding has {text_config.vocab_size} rows; "
+            f"allowed: a tokenizer of at most {text_config.vocab_size} tokens"
+            + ("" if model_args.is_pretrained else f", or --config_overrides vocab_size={len(tokenizer)}")
+        )
+
+
+def load_model(config, model_args):
+    """The pretrained model, or a new one with random weights."""
+    dtype = {} if model_args.dtype is None else {"dtype": model_args.dtype}
+    if model_args.is_pretrained:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            config=config,
+            revision=model_args.model_revision,
+            **dtype,
+            **hub_options(model_args),
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=model_args.trust_remote_code, **({} if model_args.dtype == "auto" else dtype)
+        )
+    if model.loss_type is None:
+        # transformers derives this from the class's name, and GPT2LMHeadModel says nothing. Trainer would then divide
+        # by all labels although the first of each block is no target: losses too small by 1/block_size.
+        model.loss_type = "ForCausalLM"
+    kind = "fine-tuning" if model_args.is_pretrained else "new model"
+    logger.info(f"{kind}: {type(model).__name__} with {model.num_parameters():,} parameters in {model.dtype}")
+    return model
+
+
+# ---- training ----
+
+
+class CausalLMTrainer(MarsTrainer):
+    """MarsTrainer that reports perplexity at every evaluation."""
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if (loss := output.metrics.get(f"{metric_key_prefix}_loss")) is not None:
+            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity(loss)
+        return output
+
+
+def set_up_logging(training_args) -> None:
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    for name in ("run_clm", "hf_mars"):
+        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+    transformers_logging.set_verbosity(training_args.get_process_log_level())
+    logger.info(
+        f"{training_args.world_size} process(es), {training_args.parallel_mode}, {training_args.device}, "
+        f"optimizer {training_args.optim.value}"
+    )
+
+
+def load_blocks(texts, tokenizer, block_size: int, data_args, training_args):
+    """(training blocks or None, validation blocks or None), as far as they are to be used."""
+    train_blocks = eval_blocks = None
+    options = {"num_proc": data_args.preprocessing_num_workers, "overwrite_cache": data_args.overwrite_cache}
+    with training_args.main_process_first(desc="tokenising"):
+        if training_args.do_train and data_args.streaming:
+            train_blocks = TokenStream(texts["train"], tokenizer, block_size, data_args.max_train_samples)
+            if next(iter(train_blocks), None) is None:
+                raise UsageError(f"--block_size {block_size}: the training text has fewer tokens than that")
+        elif training_args.do_train:
+            train_blocks = TokenBlocks.from_texts(
+                texts["train"],
+                tokenizer,
+                block_size,
+                max_blocks=data_args.max_train_samples,
+                description="Tokenising the training text",
+                **options,
+            )
+        if training_args.do_eval:
+            eval_blocks = TokenBlocks.from_texts(
+                texts["validation"],
+                tokenizer,
+                block_size,
+                max_blocks=data_args.max_eval_samples,
+                description="Tokenising the validation text",
+                **options,
+            )
+    for name, blocks in (("training", train_blocks), ("validation", eval_blocks)):
+        if isinstance(blocks, TokenBlocks):
+            if len(blocks) == 0:
+                raise UsageError(
+                    f"--block_size {block_size}: the {name} text has only {blocks.total_tokens} tokens; "
+                    f"allowed: 2 to {blocks.total_tokens}"
+                )
+            rest = f"; {blocks.dropped_tokens} tokens after the last complete block are not used"
+            logger.info(
+                f"{name}: {blocks.total_tokens:,} tokens, {len(blocks):,} blocks of {block_size}"
+                + ("" if data_args.streaming else rest)
+            )
+    return train_blocks, eval_blocks
+
+
+def generate_sample(trainer, tokenizer, prompt: str) -> str:
+    """The prompt and up to SAMPLE_TOKENS tokens that the model continues it with, drawn with the run's seed."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
+    if input_ids.shape[1] == 0:
+        input_ids = input_ids.new_tensor([[tokenizer.eos_token_id]])
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:  # leave room for at least as many new tokens as the prompt has
+        input_ids = input_ids[:, -(positions // 2) :]
+    new_tokens = SAMPLE_TOKENS if positions is None else min(SAMPLE_TOKENS, positions - input_ids.shape[1])
+    set_seed(trainer.args.seed)
+    output = model.generate(
+        input_ids.to(model.device),
+        attention_mask=input_ids.new_ones(input_ids.shape).to(model.device),
+        do_sample=True,
+        max_new_tokens=new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def summarize(trainer) -> str:
+    """What the run reached, in a line."""
+    evaluations = [entry for entry in trainer.state.log_history if "eval_perplexity" in entry]
+    if not evaluations:
+        return f"trained {trainer.state.global_step} steps"
+    last = evaluations[-1]
+    before = ""
+    if evaluations[0]["step"] == 0 and trainer.state.global_step > 0:
+        before = f"perplexity {evaluations[0]['eval_perplexity']:.2f} before training; "
+    after = f"after {last['step']} steps: loss {last['eval_loss']:.4f}, perplexity {last['eval_perplexity']:.2f}"
+    accuracy = f", next-token accuracy {last['eval_accuracy']:.4f}" if "eval_accuracy" in last else ""
+    return before + after + accuracy
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the script with the given command line (default: the process's own).
+
+    Returns:
+        The metrics of training and evaluation, as in all_results.json.
+
+    Raises:
+        UsageError: the arguments cannot work.
+    """
+    model_args, data_args, run_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    set_up_logging(training_args)
+    check_arguments(model_args, data_args, training_args)
+    checkpoint, stale = None, []
+    if training_args.do_train:
+        checkpoint = checkpoint_to_resume(training_args, run_args)
+        if run_args.overwrite_output_dir:
+            sources = [model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name]
+            stale = files_of_previous_run(Path(training_args.output_dir), sources)
+    # No process may write to output_dir before every process has looked at it.
+    PartialState().wait_for_everyone()
+    if checkpoint:
+        logger.info(f"resuming from {checkpoint}")
+
+    config = load_config(model_args, data_args.block_size)
+    block_size = choose_block_size(data_args.block_size, config)
+    tokenizer = load_tokenizer(model_args, checkpoint)
+    if tokenizer is not None:
+        fit_vocabulary(config, tokenizer, model_args)
+
+    with training_args.main_process_first(desc="loading the texts"):
+        texts = load_texts(
+            train_file=data_args.train_file,
+            validation_file=data_args.validation_file,
+            dataset_name=data_args.dataset_name,
+            dataset_config_name=data_args.dataset_config_name,
+            streaming=data_args.streaming,
+            validation_split_percentage=data_args.validation_split_percentage,
+            keep_linebreaks=data_args.keep_linebreaks,
+            cache_dir=model_args.cache_dir,
+            token=model_args.token,
+        )
+    if training_args.do_eval and "validation" not in texts:
+        raise UsageError(
+            f"--dataset_name {data_args.dataset_name}: has no validation split; "
+            "give --validation_split_percentage between 1 and 99, or --do_train without --do_eval"
+        )
+    if tokenizer is None:
+        source = texts.get("train") or texts["validation"]
+        vocab_size = model_args.vocab_size or DEFAULT_VOCAB_SIZE
+        tokenizer = train_tokenizer(source, vocab_size, block_size, show_progress=not training_args.disable_tqdm)
+        fit_vocabulary(config, tokenizer, model_args)
+    train_blocks, eval_blocks = load_blocks(texts, tokenizer, block_size, data_args, training_args)
+
+    set_seed(training_args.seed)
+    model = load_model(config, model_args)
+
+    if training_args.should_save:
+        for path in stale:
+            logger.warning(f"--overwrite_output_dir: removing {path}")
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # Accuracy is counted batch by batch: neither logits nor predictions pile up.
+    training_args.batch_eval_metrics = True
+    trainer = CausalLMTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        data_collator=collate_blocks,
+        compute_metrics=ComputeNextTokenAccuracy(),
+        preprocess_logits_for_metrics=most_likely_tokens,
+    )
+    results = {}
+    if training_args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        if not data_args.streaming:
+            metrics["train_samples"] = len(train_blocks)
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        results.update(metrics)
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["eval_samples"] = len(eval_blocks)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        results.update(metrics)
+    if training_args.do_train:
+        trainer.save_state()
+    if training_args.push_to_hub:
+        trainer.push_to_hub(tasks="text-generation", dataset=data_args.dataset_name)
+
+    if trainer.is_world_process_zero():
+        print(f"{summarize(trainer)}; see {training_args.output_dir}")
+        if run_args.sample_prompt is not None:
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+                logger.warning("--sample_prompt: no sample, since no process holds the whole model")
+            else:
+                print(generate_sample(trainer, tokenizer, run_args.sample_prompt))
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"run_clm.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,390 @@
+"""run_clm.py: what it refuses, what it keeps, what it reports, and whole runs."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+import yaml
+from clm_helpers import DOCUMENTS, TINY_MODEL, log_history, run_clm, run_main, run_script, write_documents
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_mars.corpus import UsageError
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(output folder, metrics) of a short run on the novel, which tests must leave as it is."""
+    output_dir = tmp_path_factory.mktemp("trained")
+    metrics = run_main(
+        *("--output_dir", output_dir, "--max_steps", 40, "--learning_rate", 1e-2, "--max_eval_samples", 21),
+        *("--eval_strategy", "steps", "--eval_steps", 20, "--eval_on_start", "--save_steps", 20),
+    )
+    return output_dir, metrics
+
+
+def parse(*arguments):
+    return run_clm.parse_arguments([str(argument) for argument in arguments])
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], (True, True)),
+        (["--eval_strategy", "steps"], (True, True)),
+        (["--do_train"], (True, False)),
+        (["--do_train", "--eval_strategy", "epoch"], (True, True)),
+        (["--do_eval"], (False, True)),
+        (["--do_eval", "--do_train"], (True, True)),
+    ],
+    ids=lambda value: " ".join(value) or "none" if isinstance(value, list) else "",
+)
+def test_training_and_evaluation_are_on_unless_one_is_chosen(arguments, expected):
+    training_args = parse("--output_dir", "x", *arguments)[-1]
+    assert (training_args.do_train, training_args.do_eval) == expected
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_file_of_arguments_and_the_command_line_on_top(tmp_path, suffix):
+    values = {
+        "output_dir": "x",
+        "learning_rate": "1e-3",  # as YAML reads 1e-3
+        "do_eval": True,
+        "streaming": False,
+        "max_steps": 7,
+        "label_names": ["labels"],
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "train_file": None,
+    }
+    path = tmp_path / f"arguments.{suffix}"
+    path.write_text(json.dumps(values) if suffix == "json" else yaml.safe_dump(values))
+    _, data_args, _, training_args = parse(path, "--max_steps", 9)
+    assert (training_args.learning_rate, training_args.max_steps) == (1e-3, 9)
+    assert (training_args.do_train, training_args.do_eval) == (False, True)
+    assert (data_args.streaming, data_args.train_file) == (False, None)
+    assert training_args.label_names == ["labels"]
+    assert training_args.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize("text", ["- a list", "{unclosed", None])
+def test_a_file_that_holds_no_arguments(tmp_path, text):
+    path = tmp_path / "arguments.yaml"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=r"arguments\.yaml: "):
+        parse(path)
+
+
+REFUSED = {
+    "--optim_args gamm=0.1": r"'gamm'.*nearest.*'gamma'",
+    "--optim_args gamma=abc": "gamma='abc'",
+    "--learning_rat_ 1": "unknown argument --learning_rat_; the nearest valid one is --learning_rate",
+    "--optim mars_adam": "mars_adam is not a valid OptimizerNames",
+    "--model_type nosuch": "--model_type nosuch: .*Allowed: .*gpt2",
+    "--model_type gpt2 --config_name c": "--model_type gpt2: --config_name c",
+    "--model_type gpt2 --model_name_or_path m": "--model_type gpt2: .*--model_name_or_path m",
+    "--config_overrides n_layer=1 --model_name_or_path m": "--config_overrides n_layer=1: .*--model_name_or_path m",
+    "--config_overrides n_layers=1": "--config_overrides n_layers=1: .*the nearest is 'n_layer'",
+    "--config_overrides n_layer": "--config_overrides n_layer: 'n_layer' must be key=value",
+    "--config_overrides n_layer=many": "--config_overrides n_layer=many: .*many",
+    "--vocab_size 300 --model_name_or_path m": "--vocab_size 300: .*--model_name_or_path brings one",
+    "--vocab_size 300 --tokenizer_name t": "--vocab_size 300: .*--tokenizer_name brings one",
+    "--vocab_size 100": "--vocab_size 100: must be at least 257",
+    "--model_name_or_path ./nosuch": "--model_name_or_path ./nosuch: no model configuration there",
+    "--config_name ./nosuch": "--config_name ./nosuch: no model configuration there",
+    "--tokenizer_name ./nosuch": "--tokenizer_name ./nosuch: no tokenizer there",
+    "--block_size 1": "--block_size 1: must be at least 2",
+    "--block_size 64 --config_overrides n_positions=32": "--block_size 64: .* 32 positions; allowed: 2 to 32",
+    "--block_size 2000 --model_type gpt2": "--block_size 2000: the model has 1024 positions",
+    "--max_train_samples 0": "--max_train_samples 0: must be at least 1",
+    "--max_eval_samples 0": "--max_eval_samples 0: must be at least 1",
+    "--preprocessing_num_workers 0": "--preprocessing_num_workers 0: must be at least 1",
+    "--validation_split_percentage 100": "--validation_split_percentage 100: must be between 0 and 99",
+    "--validation_split_percentage 0": "--validation_split_percentage 0: leaves nothing to evaluate on",
+    "--train_file a.doc": r"--train_file a.doc: .*\.parquet",
+    "--train_file missing.txt": "--train_file missing.txt: there is no such file",
+    "--train_file here.txt --dataset_name d": "--train_file here.txt: .*--dataset_name d",
+    "--train_file here.txt": "--validation_split_percentage 5: 1 row",
+    "--train_file two.txt": r"--block_size 128: the training text has only \d+ tokens",
+    "--validation_file here.txt": "--validation_file here.txt: there is no text to train on",
+    "--validation_file here.txt --train_file two.txt --block_size 4": "--block_size 4: the validation text has only",
+    "--streaming": "--streaming needs --max_steps, a positive number, not -1",
+    "--streaming --max_steps 1 --dataloader_num_workers 2": "--dataloader_num_workers 2: .*at most 1",
+    "--streaming --max_steps 1 --train_file two.txt --validation_file two.txt": "--block_size 128: .*fewer tokens",
+    "--do_train false": "--do_train false --do_eval false: there is nothing to do",
+    "--do_train --eval_on_start": "--eval_on_start true: needs evaluation",
+    "--resume_from_checkpoint true": "--resume_from_checkpoint true: there is no complete checkpoint",
+    "--resume_from_checkpoint nosuch": "--resume_from_checkpoint nosuch: .*allowed: true, auto, false or the path",
+    "--resume_from_checkpoint auto --overwrite_output_dir": "--resume_from_checkpoint auto: contradicts",
+}
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED.items(), ids=REFUSED)
+def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("one")
+    (tmp_path / "two.txt").write_text("one\ntwo\n")
+    with pytest.raises(UsageError, match=message):
+        run_clm.main(["--output_dir", "out", "--use_cpu", "--cache_dir", "cache", *arguments.split()])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", ["--validation_split_percentage 0 --do_train", "--validation_file here.txt"])
+def test_many_workers_may_read_a_stream_that_is_not_split(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("one")
+    streaming = "--streaming --max_steps 1 --dataloader_num_workers 2 --train_file here.txt --output_dir out"
+    model_args, data_args, _, training_args = parse(*streaming.split(), *options.split())
+    run_clm.check_arguments(model_args, data_args, training_args)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(trained, tmp_path):
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(trained[0], vocab_size=200, ignore_mismatched_sizes=True).save_pretrained(
+        model
+    )
+    with pytest.raises(
+        UsageError, match=r"--tokenizer_name .* has 300 tokens, but .* 200 rows; allowed: .* at most 200"
+    ):
+        run_main("--output_dir", tmp_path / "out", "--model_name_or_path", model, "--tokenizer_name", trained[0])
+    with pytest.raises(UsageError, match=r"--model_name_or_path .*: no tokenizer there; give --tokenizer_name"):
+        run_main("--output_dir", tmp_path / "out", "--model_name_or_path", model)
+
+
+# ---- the output folder ----
+
+
+def make_checkpoint(folder, step, *, complete=True, optimizer=True):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    if complete:
+        (checkpoint / "trainer_state.json").write_text("{}")
+    if optimizer:
+        (checkpoint / "optimizer.pt").touch()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Output folders in the present folder, each as a run may have left it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for step in (5, 10):
+        make_checkpoint(tmp_path / "two", step)
+    make_checkpoint(tmp_path / "cut", 9)
+    make_checkpoint(tmp_path / "cut", 10, complete=False)
+    make_checkpoint(tmp_path / "weights", 5, optimizer=False)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "log.txt").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+
+
+BOTH_WAYS_OUT = "--resume_from_checkpoint true.*--overwrite_output_dir"
+
+
+@pytest.mark.parametrize(
+    "output_dir, options, expected",
+    [
+        ("new", "", None),
+        ("empty", "", None),
+        ("new", "--resume_from_checkpoint auto", None),
+        ("logs", "--resume_from_checkpoint auto", None),
+        ("two", "--resume_from_checkpoint true", "two/checkpoint-10"),
+        ("two", "--resume_from_checkpoint True", "two/checkpoint-10"),
+        ("two", "--resume_from_checkpoint auto", "two/checkpoint-10"),
+        ("two", "--resume_from_checkpoint two/checkpoint-5", "two/checkpoint-5"),
+        ("new", "--resume_from_checkpoint two/checkpoint-5", "two/checkpoint-5"),
+        ("cut", "--resume_from_checkpoint true", "cut/checkpoint-9"),
+        ("two", "--overwrite_output_dir", None),
+        ("two", "", UsageError(BOTH_WAYS_OUT)),
+        ("logs", "", UsageError(BOTH_WAYS_OUT)),
+        ("model", "--resume_from_checkpoint false", UsageError(BOTH_WAYS_OUT)),
+        ("model", "--resume_from_checkpoint auto", UsageError("finished model.*--overwrite_output_dir")),
+        ("logs", "--resume_from_checkpoint two/checkpoint-5", UsageError("outside of --output_dir logs")),
+        ("cut", "--resume_from_checkpoint cut/checkpoint-10", UsageError("no folder with a complete checkpoint")),
+        ("weights", "--resume_from_checkpoint true", UsageError("no optimizer state.*--model_name_or_path")),
+    ],
+)
+def test_where_a_run_starts(folders, output_dir, options, expected):
+    _, _, run_args, training_args = parse("--output_dir", output_dir, *options.split())
+    if isinstance(expected, UsageError):
+        with pytest.raises(UsageError, match=str(expected)):
+            run_clm.checkpoint_to_resume(training_args, run_args)
+    else:
+        assert run_clm.checkpoint_to_resume(training_args, run_args) == expected
+
+
+def test_overwriting_removes_what_training_wrote_and_nothing_else(tmp_path, caplog):
+    output_dir = tmp_path / "out"
+    make_checkpoint(output_dir, 7)
+    for name in ("notes.txt", "checkpoint-notes.txt", "all_results.json"):
+        (output_dir / name).write_text("{}")
+    with caplog.at_level(logging.WARNING, "run_clm"):
+        run_main("--output_dir", output_dir, "--do_train", "--max_steps", 1, "--overwrite_output_dir")
+    names = {path.name for path in output_dir.iterdir()}
+    assert {"notes.txt", "checkpoint-notes.txt", "checkpoint-1", "model.safetensors"} <= names
+    assert "checkpoint-7" not in names
+    for name in ("checkpoint-7", "all_results.json"):
+        assert f"removing {output_dir / name}" in caplog.text
+    assert log_history(output_dir)[-1]["step"] == 1
+
+
+def test_overwriting_spares_what_the_run_reads(trained):
+    output_dir, _ = trained
+    checkpoint = output_dir / "checkpoint-20"
+    with pytest.raises(UsageError, match=f"would remove {checkpoint}, which this run reads"):
+        run_main("--output_dir", output_dir, "--overwrite_output_dir", "--model_name_or_path", checkpoint)
+    assert checkpoint.is_dir()
+
+
+# ---- runs ----
+
+
+def test_every_evaluation_reports_loss_perplexity_and_accuracy(trained):
+    output_dir, metrics = trained
+    evaluations = [entry for entry in log_history(output_dir) if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [0, 20, 40, 40]  # at the start, during training, at the end
+    for entry in evaluations:
+        assert entry["eval_perplexity"] == math.exp(entry["eval_loss"])
+        assert 0 <= entry["eval_accuracy"] <= 1
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.5
+    written = json.loads((output_dir / "all_results.json").read_text())
+    assert written == metrics
+    assert metrics["eval_samples"] == 21 and metrics["train_samples"] > 1000
+    for name in ("train_results.json", "eval_results.json"):
+        assert (output_dir / name).is_file()
+
+
+def test_reported_metrics_are_those_of_the_saved_model(trained):
+    output_dir, metrics = trained
+    model = AutoModelForCausalLM.from_pretrained(output_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    texts = run_clm.load_texts()["validation"]
+    text = "".join("".join(batch) for batch in texts.batches())
+    blocks = torch.tensor(tokenizer(text)["input_ids"][: 21 * 32]).view(21, 32)
+    with torch.no_grad():
+        logits = model(blocks).logits[:, :-1]
+    targets = blocks[:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(-1) == targets).float().mean().item())
+
+
+def test_a_new_model_fits_its_tokenizer(trained):
+    model = AutoModelForCausalLM.from_pretrained(trained[0])
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
+
+
+def test_fine_tuning_starts_from_the_saved_model(trained, tmp_path, capsys):
+    output_dir, metrics = trained
+    tuned = run_main(
+        *("--model_name_or_path", output_dir, "--output_dir", tmp_path / "tuned", "--max_steps", 20),
+        *("--eval_on_start", "--max_eval_samples", 21, "--learning_rate", 3e-3, "--sample_prompt", "Mr. Darcy"),
+    )
+    start = log_history(tmp_path / "tuned")[0]
+    assert start["step"] == 0 and start["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert tuned["eval_loss"] < start["eval_loss"]
+    printed = capsys.readouterr().out
+    assert f"perplexity {start['eval_perplexity']:.2f} before training; after 20 steps" in printed
+    assert printed.splitlines()[-1].startswith("Mr. Darcy") or "\nMr. Darcy" in printed
+
+
+def test_evaluation_alone_writes_results_only(trained, tmp_path):
+    output_dir, metrics = trained
+    evaluated = run_main(
+        "--do_eval", "--model_name_or_path", output_dir, "--output_dir", tmp_path, "--max_eval_samples", 21
+    )
+    assert evaluated["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"all_results.json", "eval_results.json"}
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
+    output_dir, _ = trained
+    monkeypatch.delattr(run_clm, "train_bpe")  # the tokenizer is the checkpoint's
+    run_main(
+        *("--output_dir", tmp_path / "out", "--resume_from_checkpoint", output_dir / "checkpoint-20"),
+        *("--max_steps", 40, "--learning_rate", 1e-2, "--max_eval_samples", 21),
+    )
+    expected, actual = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (output_dir, tmp_path / "out")
+    )
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert (output_dir / "tokenizer.json").read_text() == (tmp_path / "out" / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("own_validation", [False, True])
+def test_streaming_of_local_files(tmp_path, own_validation):
+    train = write_documents(tmp_path / "train.jsonl")
+    validation = ["--validation_file", write_documents(tmp_path / "validation.txt", DOCUMENTS[:100])]
+    metrics = run_main(
+        *("--streaming", "--train_file", train, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"),
+        *("--max_steps", 5, *(validation if own_validation else [])),
+    )
+    assert metrics["eval_samples"] > 10
+    assert math.isfinite(metrics["eval_loss"])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_other_model_types_with_another_tokenizer(trained, tmp_path, model_type):
+    overrides = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,max_position_embeddings=48"
+    overrides += ",intermediate_size=64,num_key_value_heads=2" if model_type == "llama" else ",ffn_dim=64"
+    overrides += "" if model_type == "llama" else ",word_embed_proj_dim=32"
+    run_clm.main(
+        [
+            *("--model_type", model_type, "--config_overrides", overrides, "--tokenizer_name", str(trained[0])),
+            *("--output_dir", str(tmp_path), "--max_steps", "1", "--max_eval_samples", "2", "--use_cpu"),
+            *("--dtype", "bfloat16"),
+        ]
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (model.config.model_type, model.config.vocab_size, model.dtype) == (model_type, 300, torch.bfloat16)
+
+
+def test_max_samples_count_blocks(tmp_path):
+    path = write_documents(tmp_path / "a.txt")
+    metrics = run_main(
+        *("--train_file", path, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"),
+        *("--num_train_epochs", 1, "--max_train_samples", 12, "--max_eval_samples", 3),
+    )
+    assert (metrics["train_samples"], metrics["eval_samples"]) == (12, 3)
+    assert log_history(tmp_path / "out")[-1]["step"] == 2  # 12 blocks in batches of 8
+
+
+# ---- as a command ----
+
+LEARNING_RATES = {"mars_adamw": 1e-2, "mars_lion": 2e-3, "mars_shampoo": 3e-2, "mars_m": 1e-2}
+
+
+@pytest.mark.parametrize("optim", LEARNING_RATES)
+def test_the_command_trains_and_saves(optim, tmp_path):
+    run = run_script(
+        *("--optim", optim, "--learning_rate", LEARNING_RATES[optim], "--output_dir", "out", "--max_steps", 40),
+        *("--logging_steps", 10, "--eval_on_start", "--max_eval_samples", 20, "--use_cpu", *TINY_MODEL),
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "40/40" in run.stderr  # the progress bar
+    history = log_history(tmp_path / "out")
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+    assert evaluations[-1] < evaluations[0] - 0.3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer("It is a truth", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, pad_token_id=0).shape[1] > 5
+
+
+def test_the_command_fails_in_one_line_before_anything_is_made(tmp_path):
+    run = run_script("--optim", "mars_adamw", "--optim_args", "gamm=0.1", "--output_dir", "x", cwd=tmp_path)
+    assert run.returncode == 2
+    error = run.stderr.strip().splitlines()[-1]
+    assert error.startswith("run_clm.py: error: ") and "'gamm'" in error and "'gamma'" in error
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "x").exists()
