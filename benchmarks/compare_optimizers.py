@@ -1,0 +1,94 @@
+"""Train the same small GPT-2 on the packaged novel with several optimizers and print the losses they reached.
+
+    python benchmarks/compare_optimizers.py                         # the table in docs/comparison.md
+    python benchmarks/compare_optimizers.py --optim mars_m --learning_rates 3e-3 6e-3 --seeds 1 2
+
+Every run is one call of run_clm.py with the same text, steps, batches, schedule and clipping; only the optimizer, its
+learning rate and the seed differ. Nothing is left out of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RUN_CLM = Path(__file__).parent.parent / "run_clm.py"
+
+# name -> (learning rates of the default table, further arguments)
+RUNS: dict[str, tuple[list[float], list[str]]] = {
+    "adamw_torch": ([3e-3, 6e-3], ["--adam_beta1", "0.9", "--adam_beta2", "0.95"]),
+    "mars_adamw": ([3e-3, 6e-3], []),
+    "mars_lion": ([5e-4, 1e-3], ["--optim_args", "lr_1d=3e-3"]),
+    "mars_shampoo": ([1e-2, 2e-2], ["--optim_args", "lr_1d=6e-3"]),
+    "mars_m": ([6e-3, 1.2e-2], []),
+}
+
+
+def run(optim: str, learning_rate: float, seed: int, extra: list[str], arguments: argparse.Namespace) -> dict:
+    """One training; its evaluation results with the wall time of the training loop in seconds."""
+    output_dir = Path(arguments.output_dir) / f"{optim}-{learning_rate:g}-{seed}"
+    results = output_dir / "all_results.json"
+    if not results.is_file():  # an interrupted comparison goes on where it stopped
+        command = [sys.executable, str(RUN_CLM), "--output_dir", str(output_dir), "--overwrite_output_dir"]
+        command += ["--optim", optim, "--learning_rate", str(learning_rate), "--seed", str(seed), *extra]
+        command += ["--max_steps", str(arguments.max_steps), "--warmup_steps", str(arguments.max_steps // 10)]
+        command += ["--lr_scheduler_type", "cosine", "--weight_decay", "0.1", "--per_device_train_batch_size", "16"]
+        command += ["--config_overrides", "resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0", "--disable_tqdm", "true"]
+        command += ["--logging_steps", "20", "--save_strategy", "no", "--report_to", "none"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(results.read_text())
+
+
+def table(rows: list[dict]) -> str:
+    """A markdown table: mean and, for several seeds, smallest and largest evaluation loss of each setting."""
+    lines = [
+        "| optimizer | learning rate | seeds | evaluation loss | perplexity | training time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        losses = row["losses"]
+        spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
+        lines.append(
+            f"| {row['optim']} | {row['learning_rate']:g} | {len(losses)} | {statistics.mean(losses):.3f}{spread} "
+            f"| {statistics.mean(row['perplexities']):.1f} | {statistics.median(row['seconds']):.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--optim", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--learning_rates", nargs="+", type=float, help="for every optimizer, instead of its own")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--max_steps", type=int, default=300)
+    parser.add_argument("--output_dir", default="out/compare")
+    arguments = parser.parse_args()
+    rows = []
+    for optim in arguments.optim:
+        learning_rates, extra = RUNS[optim]
+        for learning_rate in arguments.learning_rates or learning_rates:
+            start = time.perf_counter()
+            results = [run(optim, learning_rate, seed, extra, arguments) for seed in arguments.seeds]
+            rows.append(
+                {
+                    "optim": optim,
+                    "learning_rate": learning_rate,
+                    "losses": [result["eval_loss"] for result in results],
+                    "perplexities": [result["eval_perplexity"] for result in results],
+                    "seconds": [result["train_runtime"] for result in results],
+                }
+            )
+            print(
+                f"{optim} {learning_rate:g}: {rows[-1]['losses']} ({time.perf_counter() - start:.0f} s)",
+                file=sys.stderr,
+            )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
