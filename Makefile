@@ -14,9 +14,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 # Anew each time: --overwrite_output_dir removes only what an earlier demo wrote.
 demo: $(VENV)/.installed
 	$(BIN)/python run_clm.py --output_dir demo --overwrite_output_dir --optim mars_adamw \
-		--learning_rate 1e-2 --lr_scheduler_type cosine --warmup_steps 30 --weight_decay 0.1 \
-		--config_overrides resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0 --per_device_train_batch_size 16 \
-		--max_steps 300 --logging_steps 10 --eval_on_start --eval_strategy steps --eval_steps 100 --save_strategy no \
+		--learning_rate 6e-3 --adam_beta1 0.9 --adam_beta2 0.95 --weight_decay 0.1 \
+		--lr_scheduler_type cosine --warmup_steps 40 --max_steps 400 --per_device_train_batch_size 16 \
+		--config_overrides resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0 \
+		--logging_steps 10 --eval_on_start --eval_strategy steps --eval_steps 100 --save_strategy no \
 		--report_to none --sample_prompt "It is a truth universally acknowledged"
 	$(BIN)/python -m hf_mars.plot demo --output demo/loss.png
 
