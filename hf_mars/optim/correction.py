@@ -41,10 +41,8 @@ def corrected_gradient(
 
 def _clip_denominators(c: list[Tensor], max_norm: float) -> list[Tensor]:
     """max(1, ‖c‖₂ / max_norm) of every tensor, as 0-d tensors on its device: reading them would stall it."""
-    norms = torch._foreach_norm(c)
-    torch._foreach_div_(norms, max_norm)
-    torch._foreach_clamp_min_(norms, 1.0)
-    return norms
+    # Out of place: the norm of a sharded tensor is a sum still to be made, which in-place arithmetic refuses.
+    return torch._foreach_clamp_min(torch._foreach_div(torch._foreach_norm(c), max_norm), 1.0)
 
 
 def remember(last_grads: list[Tensor], grads: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .correction import momentum
 from .newton_schulz import orthogonalize
+from .sharding import sharded_like, whole
 
 
 def shampoo(
@@ -21,11 +22,12 @@ def shampoo(
     :func:`~hf_mars.optim.correction.momentum`.
     """
     m = momentum([state["exp_avg"] for state in states], c, beta1=group["betas"][0], gamma=gamma)
-    matrices = [as_matrix(x, group["layout"]) for x in m]
+    # A shard of a matrix cannot be orthogonalised by itself: every rank does it for the whole and keeps its shard.
+    matrices = [as_matrix(whole(x), group["layout"]) for x in m]
     torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
     for param, orthogonal in zip(params, orthogonalize(matrices, group["ns_steps"]), strict=True):
         s = scale(orthogonal.shape, group["layout"], group["adjust_lr_fn"])
-        param.add_(orthogonal.reshape(param.shape), alpha=-group["lr"] * s)
+        param.add_(sharded_like(orthogonal.reshape(param.shape), param), alpha=-group["lr"] * s)
 
 
 def as_matrix(tensor: Tensor, layout: str) -> Tensor:
