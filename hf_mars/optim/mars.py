@@ -36,9 +36,28 @@ class Mars(Optimizer):
 
     matrix_update: str
 
-    def __init__(self, params, defaults: dict[str, Any], roles: Mapping[Tensor, ParameterRole] | None = None):
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.025,
+        max_norm: float | None = 1.0,
+        exact: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        optimize_1d: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ):
+        self._set_up(params, _settings_among(locals()))
+
+    def _set_up(self, params: Iterable, settings: dict[str, Any], roles: Mapping[Tensor, ParameterRole] | None = None):
         self._roles = roles or {}
-        super().__init__(params, defaults)
+        super().__init__(params, settings)
         del self._roles  # it would keep alive the parameters that an engine replaces
         self._forget_previous_point()
 
@@ -349,25 +368,6 @@ class MarsAdamW(Mars):
 
     matrix_update = "adamw"
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        gamma: float = 0.025,
-        max_norm: float | None = 1.0,
-        exact: bool = False,
-        lr_1d: float | None = None,
-        betas_1d: tuple[float, float] = (0.9, 0.95),
-        optimize_1d: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-    ):
-        super().__init__(params, _defaults(locals()))
-
 
 class MarsLion(Mars):
     r"""MARS-Lion (arXiv:2411.10438, Algorithm 3): the sign of a variance-reduced momentum.
@@ -384,25 +384,6 @@ class MarsLion(Mars):
     """
 
     matrix_update = "lion"
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        gamma: float = 0.025,
-        max_norm: float | None = 1.0,
-        exact: bool = False,
-        lr_1d: float | None = None,
-        betas_1d: tuple[float, float] = (0.9, 0.95),
-        optimize_1d: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-    ):
-        super().__init__(params, _defaults(locals()))
 
 
 class MarsShampoo(Mars):
@@ -451,7 +432,7 @@ class MarsShampoo(Mars):
         fused: bool | None = None,
         roles: Mapping[Tensor, ParameterRole] | None = None,
     ):
-        super().__init__(params, _defaults(locals()), roles)
+        self._set_up(params, _settings_among(locals()), roles)
 
     def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         if kind == "matrix" or (kind == "embedding" and settings["orthogonalize_embeddings"]):
@@ -464,7 +445,7 @@ class MarsShampoo(Mars):
         return {"update": "adamw", "lr": lr_1d, **(_plain_adamw(settings) if plain else {})}
 
 
-def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+def _settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
     """A constructor's arguments that are settings of param_groups."""
     return {k: v for k, v in arguments.items() if k not in ("self", "params", "roles", "__class__")}
 
