@@ -596,3 +596,32 @@ def test_the_estimator_has_a_smaller_error(seed):
     assert exact < 0.75 * error(False, 0.0)
     for gamma in (0.025, 0.1, 0.5):
         assert exact < 0.75 * error(False, gamma)
+
+
+def test_settings_that_change_back_find_nothing_out_of_date():
+    """exact off and on again, γ to 0 and back: each time the first step has no correction, as at t = 1."""
+    (weight,) = params = [torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float64))]
+    optimizer = MarsAdamW(params, lr=0.1, exact=True, gamma=0.5, max_norm=None)
+    (group,) = optimizer.param_groups
+
+    def step(gradient, previous=None):
+        if previous is not None:
+            with optimizer.previous_point():
+                weight.grad = torch.full_like(weight, previous)
+        weight.grad = torch.full_like(weight, gradient)
+        before = optimizer.state[weight].get("exp_avg", torch.zeros_like(weight)).clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        return ((optimizer.state[weight]["exp_avg"] - 0.95 * before) / 0.05).mean().item()  # c_t
+
+    kappa = 0.5 * 0.95 / 0.05
+    assert step(1.0) == pytest.approx(1.0)
+    assert step(2.0, previous=1.5) == pytest.approx(2.0 + kappa * 0.5)
+    group["exact"] = False
+    assert step(3.0) == pytest.approx(3.0)
+    assert step(4.0) == pytest.approx(4.0 + kappa)
+    group["exact"] = True
+    assert not optimizer.needs_previous_point
+    assert step(5.0) == pytest.approx(5.0)
+    group["exact"] = False
+    assert step(6.0) == pytest.approx(6.0)

@@ -207,11 +207,12 @@ class Mars(Optimizer):
                 if one_tensor
                 else torch.zeros_like(param, memory_format=torch.preserve_format)
             )
-        if one_tensor or group["exact"]:
-            return
-        if _kappa(group) == 0:
-            state.pop("last_grad", None)  # would be out of date if γ came back
-        elif "last_grad" not in state:
+        # What this form does not keep up to date must not be there when the group's settings change back.
+        if not group["exact"]:
+            state.pop("last_param", None)
+        if group["exact"] or _kappa(group) == 0:
+            state.pop("last_grad", None)
+        elif not one_tensor and "last_grad" not in state:
             # The paper's x_1 = x_0: no difference yet, so c_1 = g_1.
             state["last_grad"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             remember([state["last_grad"]], [grad])
