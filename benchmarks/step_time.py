@@ -7,8 +7,8 @@ float32. One process; the optimizers take turns, so that the machine's other loa
 ratios to the first of each table. Gradients are random, too small to be clipped, and new tensors in every step,
 as zero_grad(set_to_none=True) and a backward pass leave them. On CUDA, if there is one, otherwise on the CPU.
 
-"extra peak" is what step() allocates beyond parameters, gradients and state. pytorch_optimizer's MARS is measured where
-that package is installed (the `bench` extra).
+"Extra peak" is what step() allocates beyond parameters, gradients and state. pytorch_optimizer's MARS is measured
+where that package is installed (the `bench` extra).
 """
 
 import argparse
