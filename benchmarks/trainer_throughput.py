@@ -2,8 +2,8 @@
 
     python benchmarks/trainer_throughput.py [--model gpt2-small] [--json FILE]
 
-Every optimizer trains its own copy of the same model on the same batches; the trainers take turns, a few steps each, so
-that the machine's other load falls on all alike; medians of the turns. The default is the model of `make demo`
+Every optimizer trains its own copy of the same model on the same batches; the trainers take turns, a few steps each,
+so that the machine's other load falls on all alike; medians of the turns. The default is the model of `make demo`
 (1.07M parameters, batch 16 × 128) in float32; gpt2-small is 124M parameters, batch 16 × 1,024, bfloat16, for a GPU.
 """
 

@@ -8,7 +8,7 @@ from helpers import METHODS, assert_close, make_gradients, make_params, values
 @pytest.mark.parametrize("max_norm", [1.0, None])
 @pytest.mark.parametrize("method", ["mars_adamw", "mars_lion", "mars_shampoo"])
 def test_compiled_step(method, max_norm):
-    """In one graph (torch's own AdamW needs breaks). Steps 1 and 2 differ in what state there is, so it is two graphs."""
+    """In one graph, where torch's own AdamW needs breaks. Step 1 has no state yet, so there are two graphs."""
     cls, keywords, _ = METHODS[method]
     torch._dynamo.reset()
     finals = []
