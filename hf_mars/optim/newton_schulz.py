@@ -34,13 +34,10 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
     tall = m > n
     if tall:  # the Gram matrix XXᵀ is then the smaller of the two
         matrices = [x.mT for x in matrices]
-    dtype = torch.promote_types(matrices[0].dtype, torch.float32)
-    norms = torch.stack([torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype) for x in matrices])
-    x = matrices[0].new_empty(
-        (len(matrices), *matrices[0].shape), dtype=torch.bfloat16 if _takes_bfloat16(matrices[0]) else dtype
-    )
-    for place, matrix in zip(x, matrices, strict=True):
-        place.copy_(matrix)
+    x = torch.stack(matrices)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
+    x = x.to(torch.bfloat16 if _takes_bfloat16(x) else dtype)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
