@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from .adamw import adamw
 from .correction import corrected_gradient, initial_average, remember, scaling
 from .exact import at_previous_point
-from .groups import KINDS, ParameterRole, role_of_shape
+from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
 from .hyperparameters import check_hyperparameters
 from .lion import lion
 from .shampoo import shampoo
+from .sharding import mesh_of
 
 UPDATES = {"adamw": adamw, "lion": lion, "shampoo": shampoo}
 
@@ -28,7 +30,7 @@ _SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
 class Mars(Optimizer):
     """What MarsAdamW, MarsLion and MarsShampoo share. Not for direct use.
 
-    Every param_group of the user's becomes up to one group per kind of parameter (and layout, for MarsShampoo), with
+    Every param_group of the user's becomes up to one group per kind of parameter (and layout, and device mesh), with
     the hyperparameters that kind is updated with, and three keys of ours: "kind", "layout" and "update" (the name of
     the update: "adamw", "lion" or "shampoo"). A group may bring its own "kind" and "layout"; else a parameter's shape
     decides (see :mod:`hf_mars.optim.groups`).
@@ -86,7 +88,7 @@ class Mars(Optimizer):
             raise TypeError("params must be an ordered collection such as a list, got a set")
         settings = {**self.defaults, **{key: value for key, value in param_group.items() if key != "params"}}
         check_hyperparameters(settings)
-        by_role: dict[ParameterRole, list] = {}
+        alike: dict[tuple[ParameterRole, DeviceMesh | None], list] = {}
         seen: set[Tensor] = set()
         for param in [params] if isinstance(params, Tensor) else list(params):
             tensor = param[1] if isinstance(param, tuple) else param
@@ -94,16 +96,17 @@ class Mars(Optimizer):
                 raise TypeError(f"params must be Tensors, got {type(tensor).__name__}")
             if tensor.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {tensor.dtype}")
+            check_not_flattened(tensor)
             if tensor in seen:
                 raise ValueError(f"params must be distinct, got a parameter of shape {tuple(tensor.shape)} twice")
             seen.add(tensor)
-            by_role.setdefault(self._role(tensor, settings), []).append(param)
-        if not by_role:  # the user's groups stay, empty ones too (LoRA has no undecayed parameters)
-            by_role[ParameterRole(settings.get("kind", "matrix"), settings.get("layout", "out_in"))] = []
+            alike.setdefault((self._role(tensor, settings), mesh_of(tensor)), []).append(param)
+        if not alike:  # the user's groups stay, empty ones too (LoRA has no undecayed parameters)
+            alike[ParameterRole(settings.get("kind", "matrix"), settings.get("layout", "out_in")), None] = []
         # Matrices first: what logs "the" learning rate takes the first group's.
-        for role in sorted(by_role, key=lambda role: KINDS.index(role.kind)):
+        for (role, _), members in sorted(alike.items(), key=lambda item: KINDS.index(item[0][0].kind)):
             group = {**settings, **self._settings_of_kind(role.kind, settings)}
-            group.update(params=by_role[role], kind=role.kind, layout=role.layout)
+            group.update(params=members, kind=role.kind, layout=role.layout)
             if group["fused"] is None:
                 group["fused"] = _takes_fused_kernel(group)
             super().add_param_group(group)
@@ -114,7 +117,7 @@ class Mars(Optimizer):
         guess = self._roles.get(param) if "_roles" in self.__dict__ else None
         guess = guess or role_of_shape(param)
         role = ParameterRole(settings.get("kind", guess.kind), settings.get("layout", guess.layout))
-        if role.kind == "matrix" and self.matrix_update == "shampoo" and param.ndim < 2:
+        if role.kind == "matrix" and self.matrix_update == "shampoo" and dimensions(param) < 2:
             raise ValueError(
                 f"kind='matrix' needs two or more dimensions to orthogonalise, got shape {tuple(param.shape)}"
             )
@@ -140,7 +143,8 @@ class Mars(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse; or, in exact mode, the gradient at x_{t−1} was not evaluated.
+            RuntimeError: a gradient is sparse; or an engine has flattened matrices that the update needs whole; or, in
+                exact mode, the gradient at x_{t−1} was not evaluated.
         """
         loss = None
         if closure is not None:
@@ -198,6 +202,7 @@ class Mars(Optimizer):
         """Make the state of a parameter when it first needs it: at its first gradient, the same on every rank."""
         state = self.state[param]
         if "exp_avg" not in state:
+            _check_whole(param, group)
             if group["update"] == "adamw":
                 # Where torch's AdamW keeps it: a fused kernel reads it on the device, the others on the host.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["fused"] else "cpu")
@@ -454,6 +459,17 @@ def _settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
 def _plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with which a group gets AdamW, uncorrected and unclipped."""
     return {"betas": settings["betas_1d"], "gamma": 0.0, "max_norm": None}
+
+
+def _check_whole(param: Tensor, group: dict[str, Any]) -> None:
+    """Refuse a matrix that an engine has made a flat slice of, where the update depends on it as a whole."""
+    if group["kind"] == "1d" or param.ndim > 1 or (group["update"] != "shampoo" and group["max_norm"] is None):
+        return
+    instead = "" if group["update"] == "shampoo" else "set max_norm=None (no clip) or "
+    raise RuntimeError(
+        f"update={group['update']!r} with max_norm={group['max_norm']} needs whole matrices, but got a flat slice of "
+        f"shape {tuple(param.shape)}, as DeepSpeed makes them; {instead}use FSDP2"
+    )
 
 
 def _kappa(group: dict[str, Any]) -> float:

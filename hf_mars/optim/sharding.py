@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The mesh that a tensor is sharded over; None where it is not. One kernel call takes tensors of one mesh."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,0 +1,232 @@
+"""The Trainer's engines: several processes give the numbers of one, checkpoints resume, and a dead rank ends the job.
+
+Starting Python costs more than training, so that all runs of an engine share one launch (see engine_worker.py).
+"""
+
+import json
+
+import pytest
+import torch
+from helpers import assert_close, assert_equal, tiny_gpt2
+from launch_helpers import launch, start
+from trainer_helpers import CountSteps, losses, train
+from transformers import GPT2LMHeadModel
+
+OPTIONS = {"approx": "gamma=0.5", "unclipped": "gamma=0.5,max_norm=none", "exact": "gamma=0.5,exact=true"}
+SETTINGS = {
+    f"{optim} {option}": {"optim": optim, "optim_args": optim_args}
+    for optim in ("mars_adamw", "mars_lion", "mars_shampoo", "mars_m")
+    for option, optim_args in OPTIONS.items()
+}
+# DeepSpeed takes no clip, no matrices and no second gradient.
+UNCLIPPED = [name for name in SETTINGS if name.endswith("unclipped") and name.startswith(("mars_adamw", "mars_lion"))]
+EVERY_SETTING = pytest.mark.parametrize("name", SETTINGS)
+STOCK = [f"{name} Trainer" for name in SETTINGS if "exact" not in name]
+
+# An epoch has four updates: training, and a checkpoint's resumption, cross its end.
+COMMON = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+STATE_DICTS = ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
+
+
+def of_engine(engine, processes, state_dict="FULL_STATE_DICT"):
+    """The settings of a run whose updates see the same data on any number of processes."""
+    settings = {**COMMON, "per_device_train_batch_size": 4 // processes}
+    if engine == "fsdp2":
+        config = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": state_dict}
+        settings = {**settings, "fsdp": True, "use_cpu": False, "fsdp_config": config}
+    return settings
+
+
+def a_run(name, engine, processes, *, label=None, state_dict="FULL_STATE_DICT", **more):
+    return {"name": label or name, "settings": {**SETTINGS[name], **of_engine(engine, processes, state_dict)}, **more}
+
+
+class Launches:
+    """Runs of the engines, in one folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        # No dropout: ranks draw different masks.
+        tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).save_pretrained(folder / "model")
+
+    def model(self):
+        return GPT2LMHeadModel.from_pretrained(self.folder / "model")
+
+    def alone(self, name, resume=None):
+        """Without engine, in this process: the losses and the weights by name."""
+        settings = {**SETTINGS[name], **of_engine(None, 1)}
+        steps = CountSteps()
+        folder = self.folder / "alone" / name
+        trainer = train(folder, model=self.model(), resume=resume, callbacks=[steps], **settings)
+        assert trainer.args.world_size == 1
+        weights = {key: param.detach().clone() for key, param in trainer.model.named_parameters()}
+        return {"losses": losses(trainer), "steps": steps.taken, "weights": weights}
+
+    def plan(self, title, engine, processes, runs):
+        results = self.folder / f"{title}.pt"
+        plan = {"engine": engine, "processes": processes, "folder": self.folder / title, "runs": runs}
+        path = self.folder / f"{title}.json"
+        path.write_text(json.dumps({**plan, "model": self.folder / "model", "results": results}, default=str))
+        return path, results
+
+    def together(self, title, engine, processes, runs, **environment):
+        """On a number of processes; what the worker saved of each run."""
+        path, results = self.plan(title, engine, processes, runs)
+        launch(processes, "engine_worker.py", path, **environment)
+        return torch.load(results)
+
+    def checkpoint(self, title, name):
+        return str(self.folder / title / name / "checkpoint-3")
+
+
+def check_same_numbers(actual, expected, tolerance=1e-4, steps=6):
+    """A tolerance of zero asks for the same bits. A run that was resumed took 3 of the 6 steps itself."""
+    assert (actual["steps"], expected["steps"]) == (steps, 6)
+    assert len(expected["losses"]) == 6
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=tolerance, abs=0)
+    assert actual["weights"].keys() == expected["weights"].keys()
+    pairs = [(actual["weights"][key], value) for key, value in expected["weights"].items()]
+    check = assert_equal if tolerance == 0 else lambda a, e: assert_close(a, e, tolerance)
+    check(*zip(*pairs, strict=True))
+
+
+def check_resumed(actual, expected, tolerance=1e-4):
+    check_same_numbers(actual, expected, tolerance, steps=3)
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    return Launches(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def alone(launches):
+    return {name: launches.alone(name) for name in SETTINGS}
+
+
+# ---- DDP ----
+
+
+@pytest.fixture(scope="module")
+def killed(launches):
+    """A launch whose second rank dies in the middle of the fifth update."""
+    name = "mars_adamw approx"
+    path, _ = launches.plan("killed", "ddp", 2, [a_run(name, "ddp", 2, die_at=4)])
+    return start(2, "engine_worker.py", path, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def ddp(launches, alone, killed):
+    runs = [a_run(name, "ddp", 2) for name in SETTINGS]
+    for name in SETTINGS:
+        resumed = {"resumed": launches.checkpoint("ddp", name), "grown": launches.checkpoint("alone", name)}
+        runs += [a_run(name, "ddp", 2, label=f"{name} {what}", resume=resume) for what, resume in resumed.items()]
+    runs += [a_run(name.removesuffix(" Trainer"), "ddp", 2, label=name, trainer="Trainer") for name in STOCK]
+    died = launches.checkpoint("killed", "mars_adamw approx")
+    runs.append(a_run("mars_adamw approx", "ddp", 2, label="after the death", resume=died))
+    return launches.together("ddp", "ddp", 2, runs)
+
+
+@EVERY_SETTING
+def test_ddp_equals_one_process(name, ddp, alone):
+    """With gradient accumulation under no_sync and unequal numbers of labels on the ranks; float32."""
+    check_same_numbers(ddp[name], alone[name])
+    assert ddp[name]["state_keys"][0] == ddp[name]["state_keys"][1]
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_ddp_with_the_stock_trainer(name, ddp):
+    check_same_numbers(ddp[name], ddp[name.removesuffix(" Trainer")], tolerance=0)
+
+
+@EVERY_SETTING
+def test_ddp_resumes(name, ddp):
+    check_resumed(ddp[f"{name} resumed"], ddp[name], tolerance=0)
+
+
+@EVERY_SETTING
+def test_ddp_resumes_on_another_number_of_processes(name, launches, ddp, alone):
+    check_resumed(ddp[f"{name} grown"], alone[name])
+    shrunk = launches.alone(name, resume=launches.checkpoint("ddp", name))
+    check_resumed(shrunk, alone[name])
+
+
+def test_a_dead_rank_ends_the_job(killed):
+    """The fixture's timeout is the test: a job that hangs fails there."""
+    assert killed.returncode != 0
+    assert "Signal 9 (SIGKILL)" in killed.stderr
+
+
+def test_after_a_death_training_resumes(ddp, killed):
+    assert killed.returncode != 0
+    check_resumed(ddp["after the death"], ddp["mars_adamw approx"], tolerance=0)
+
+
+# ---- FSDP2 ----
+
+
+@pytest.fixture(scope="module")
+def fsdp2_of_one(launches):
+    """One process of FSDP2, for its checkpoints: the Trainer takes them in no other engine."""
+    runs = [
+        a_run(name, "fsdp2", 1, label=f"{name} {state_dict}", state_dict=state_dict)
+        for name in SETTINGS
+        for state_dict in STATE_DICTS
+    ]
+    return launches.together("fsdp2_of_one", "fsdp2", 1, runs)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(launches, fsdp2_of_one):
+    runs = []
+    for name in SETTINGS:
+        for state_dict in STATE_DICTS:
+            label = f"{name} {state_dict}"
+            run = a_run(name, "fsdp2", 2, label=label, state_dict=state_dict)
+            resumed = {**run, "name": f"{label} resumed", "resume": launches.checkpoint("fsdp2", label)}
+            grown = {**run, "name": f"{label} grown", "resume": launches.checkpoint("fsdp2_of_one", label)}
+            runs += [run, resumed, grown]
+    runs += [a_run(name.removesuffix(" Trainer"), "fsdp2", 2, label=name, trainer="Trainer") for name in STOCK]
+    return launches.together("fsdp2", "fsdp2", 2, runs)
+
+
+@pytest.fixture(scope="module")
+def fsdp2_shrunk(launches, fsdp2):
+    runs = []
+    for name in SETTINGS:
+        for state_dict in STATE_DICTS:
+            label = f"{name} {state_dict}"
+            resume = launches.checkpoint("fsdp2", label)
+            runs.append(a_run(name, "fsdp2", 1, label=label, state_dict=state_dict, resume=resume))
+    return launches.together("fsdp2_shrunk", "fsdp2", 1, runs)
+
+
+EVERY_STATE_DICT = pytest.mark.parametrize("state_dict", STATE_DICTS)
+
+
+@EVERY_SETTING
+@EVERY_STATE_DICT
+def test_fsdp2_equals_one_process(name, state_dict, fsdp2, alone):
+    """Sharded, with gradient accumulation and unequal numbers of labels on the ranks; float32."""
+    check_same_numbers(fsdp2[f"{name} {state_dict}"], alone[name])
+    keys = fsdp2[f"{name} {state_dict}"]["state_keys"]
+    assert keys[0] == keys[1] and all(keys[0])
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_fsdp2_with_the_stock_trainer(name, fsdp2):
+    check_same_numbers(fsdp2[name], fsdp2[f"{name.removesuffix(' Trainer')} FULL_STATE_DICT"], tolerance=0)
+
+
+@EVERY_SETTING
+@EVERY_STATE_DICT
+def test_fsdp2_resumes(name, state_dict, fsdp2):
+    """torch steps a fresh optimizer with zero gradients, for it to have state; loading must replace all of it."""
+    check_resumed(fsdp2[f"{name} {state_dict} resumed"], fsdp2[f"{name} {state_dict}"], tolerance=0)
+
+
+@EVERY_SETTING
+@EVERY_STATE_DICT
+def test_fsdp2_resumes_on_another_number_of_processes(name, state_dict, fsdp2, fsdp2_shrunk, alone):
+    check_resumed(fsdp2[f"{name} {state_dict} grown"], alone[name])
+    check_resumed(fsdp2_shrunk[f"{name} {state_dict}"], alone[name])
