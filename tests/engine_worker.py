@@ -3,8 +3,8 @@
 Usage: engine_worker.py PLAN.json, with "engine" ("ddp", "fsdp2" or "deepspeed"), "processes", "folder" (each run gets
 one in it), "model" (where to load it from), "results" (a file) and "runs". A run has "name", "settings"
 (TrainingArguments) and where wanted "trainer" ("Trainer"), "resume" (a checkpoint) and "die_at" (a step at whose start
-the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole weights and each rank's
-keys of the optimizer state.
+the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole weights and
+each rank's keys of the optimizer state.
 """
 
 import contextlib
@@ -52,7 +52,6 @@ def whole_weights(trainer):
     if any(hasattr(p, "ds_id") for p in params.values()):
         import deepspeed
 
-        assert all(p.shape == (0,) for p in params.values())
         gathered = deepspeed.zero.GatheredParameters(list(params.values()))
     with gathered:
         return {
@@ -79,8 +78,10 @@ def main(plan):
         AcceleratorState._reset_state()
         settings = run["settings"]
         # While it lives, ZeRO-3 shards what from_pretrained() makes.
-        zero3 = HfDeepSpeedConfig(settings["deepspeed"]) if "deepspeed" in settings else None  # noqa: F841
+        deepspeed = HfDeepSpeedConfig(settings["deepspeed"]) if "deepspeed" in settings else None
         model = GPT2LMHeadModel.from_pretrained(plan["model"])
+        if deepspeed is not None and deepspeed.is_zero3():
+            assert all(param.shape == (0,) for param in model.parameters())
         steps = CountSteps()
         trainer = train(
             os.path.join(plan["folder"], run["name"]),

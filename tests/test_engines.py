@@ -4,13 +4,17 @@ Starting Python costs more than training, so that all runs of an engine share on
 """
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
 from helpers import assert_close, assert_equal, tiny_gpt2
 from launch_helpers import launch, start
 from trainer_helpers import CountSteps, losses, train
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+
+from hf_mars import MarsTrainer, MarsTrainingArguments
+from hf_mars.trainer.options import VARIANTS
 
 OPTIONS = {"approx": "gamma=0.5", "unclipped": "gamma=0.5,max_norm=none", "exact": "gamma=0.5,exact=true"}
 SETTINGS = {
@@ -25,20 +29,31 @@ STOCK = [f"{name} Trainer" for name in SETTINGS if "exact" not in name]
 
 # An epoch has four updates: training, and a checkpoint's resumption, cross its end.
 COMMON = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+DEEPSPEED = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+ZERO = {
+    "stage 1": {"zero_optimization": {"stage": 1}},
+    "stage 2": {"zero_optimization": {"stage": 2}},
+    "stage 3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    "stage 2 offload": {"zero_optimization": OFFLOAD, "zero_force_ds_cpu_optimizer": False},
+}
 STATE_DICTS = ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
 
 
-def of_engine(engine, processes, state_dict="FULL_STATE_DICT"):
+def of_engine(engine, processes, state_dict="FULL_STATE_DICT", zero=None):
     """The settings of a run whose updates see the same data on any number of processes."""
     settings = {**COMMON, "per_device_train_batch_size": 4 // processes}
     if engine == "fsdp2":
         config = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": state_dict}
         settings = {**settings, "fsdp": True, "use_cpu": False, "fsdp_config": config}
+    if zero is not None:
+        settings["deepspeed"] = {**DEEPSPEED, **ZERO[zero]}
     return settings
 
 
-def a_run(name, engine, processes, *, label=None, state_dict="FULL_STATE_DICT", **more):
-    return {"name": label or name, "settings": {**SETTINGS[name], **of_engine(engine, processes, state_dict)}, **more}
+def a_run(name, engine, processes, *, label=None, state_dict="FULL_STATE_DICT", zero=None, **more):
+    settings = {**SETTINGS[name], **of_engine(engine, processes, state_dict, zero)}
+    return {"name": label or name, "settings": settings, **more}
 
 
 class Launches:
@@ -230,3 +245,144 @@ def test_fsdp2_resumes(name, state_dict, fsdp2):
 def test_fsdp2_resumes_on_another_number_of_processes(name, state_dict, fsdp2, fsdp2_shrunk, alone):
     check_resumed(fsdp2[f"{name} {state_dict} grown"], alone[name])
     check_resumed(fsdp2_shrunk[f"{name} {state_dict}"], alone[name])
+
+
+# ---- DeepSpeed ----
+
+
+@pytest.fixture(scope="module")
+def deepspeed(launches):
+    runs = []
+    for name in UNCLIPPED:
+        for zero in ZERO:
+            run = a_run(name, "deepspeed", 2, label=f"{name} {zero}", zero=zero)
+            resume = launches.checkpoint("deepspeed", f"{name} {zero}")
+            runs += [run, {**run, "name": f"{name} {zero} resumed", "resume": resume}]
+    runs.append(a_run(UNCLIPPED[0], "deepspeed", 2, label="stock", zero="stage 1", trainer="Trainer"))
+    return launches.together("deepspeed", "deepspeed", 2, runs, DS_ACCELERATOR="cpu")
+
+
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+UNCLIPPED_SETTINGS = pytest.mark.parametrize("name", UNCLIPPED)
+EVERY_STAGE = pytest.mark.parametrize("zero", ZERO)
+
+
+@NEEDS_DEEPSPEED
+@UNCLIPPED_SETTINGS
+@EVERY_STAGE
+def test_zero_equals_one_process(name, zero, deepspeed, alone):
+    """Flat slices of groups, which the groups' kinds tell apart; in stage 3 the model is made in shards."""
+    check_same_numbers(deepspeed[f"{name} {zero}"], alone[name])
+    keys = deepspeed[f"{name} {zero}"]["state_keys"]
+    assert keys[0] == keys[1] and all(keys[0])
+
+
+@NEEDS_DEEPSPEED
+@UNCLIPPED_SETTINGS
+@EVERY_STAGE
+def test_zero_resumes(name, zero, deepspeed):
+    check_resumed(deepspeed[f"{name} {zero} resumed"], deepspeed[f"{name} {zero}"], tolerance=0)
+
+
+@NEEDS_DEEPSPEED
+def test_zero_with_the_stock_trainer(deepspeed):
+    check_same_numbers(deepspeed["stock"], deepspeed[f"{UNCLIPPED[0]} stage 1"], tolerance=0)
+
+
+# ---- what is refused ----
+
+ARGUMENTS = pytest.mark.parametrize("cls", [TrainingArguments, MarsTrainingArguments])
+
+
+@pytest.fixture
+def make_arguments(tmp_path, monkeypatch):
+    def make(cls=TrainingArguments, environment=(), **settings):
+        for name, value in dict(environment).items():
+            monkeypatch.setenv(name, value)
+        return cls(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+
+    return make
+
+
+def refused(make_arguments, *parts, **settings):
+    """Making the arguments raises a ValueError that says all ``parts``."""
+    with pytest.raises(ValueError) as error:
+        make_arguments(**settings)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@ARGUMENTS
+@pytest.mark.parametrize("optim", VARIANTS)
+def test_fsdp1_is_refused(cls, optim, make_arguments):
+    parts = [f"optim={optim!r}", "FSDP1", "fsdp_version: 2"]
+    refused(make_arguments, *parts, cls=cls, optim=optim, fsdp=True, fsdp_config={"version": 1})
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}  # what `accelerate launch --use_fsdp` sets
+    refused(make_arguments, *parts, cls=cls, optim=optim, environment=environment)
+    make_arguments(cls, optim="adamw_torch")
+    make_arguments(cls, {"FSDP_VERSION": "2"}, optim=optim)
+
+
+def deepspeed_refuses(make_arguments, *parts, zero=1, config=(), **settings):
+    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": zero}, **dict(config)}
+    refused(make_arguments, "DeepSpeed", *parts, deepspeed=config, **settings)
+
+
+@NEEDS_DEEPSPEED
+@ARGUMENTS
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("optim", ["mars_shampoo", "mars_m"])
+def test_deepspeed_refuses_shampoo(cls, zero, optim, make_arguments):
+    parts = [f"optim={optim!r}", "use FSDP2 (fsdp_version: 2)"]
+    deepspeed_refuses(make_arguments, *parts, cls=cls, zero=zero, optim=optim, optim_args="max_norm=none")
+
+
+@NEEDS_DEEPSPEED
+@ARGUMENTS
+@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
+def test_deepspeed_refuses_the_clip(cls, optim, make_arguments):
+    for optim_args, max_norm in {None: 1.0, "max_norm=0.5": 0.5}.items():
+        parts = [f"optim={optim!r} with max_norm={max_norm}", "--optim_args max_norm=none"]
+        deepspeed_refuses(make_arguments, *parts, cls=cls, optim=optim, optim_args=optim_args)
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
+def test_deepspeed_refuses_exact_mode(optim, make_arguments):
+    deepspeed_refuses(make_arguments, "exact=true", optim=optim, optim_args="exact=true,max_norm=none")
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
+def test_deepspeed_does_not_replace_the_optimizer(optim, make_arguments):
+    settings = {"optim": optim, "optim_args": "max_norm=none"}
+    adam = {"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
+    deepspeed_refuses(make_arguments, '"optimizer"', f"optim={optim!r}", config=adam, **settings)
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    parts = ["DeepSpeedCPUAdam", '"zero_force_ds_cpu_optimizer": false']
+    deepspeed_refuses(make_arguments, *parts, config=offload, **settings)
+
+
+@NEEDS_DEEPSPEED
+def test_deepspeed_of_the_launcher_is_refused_likewise(make_arguments):
+    """`accelerate launch --use_deepspeed --zero_stage 2`; no DeepSpeed in the arguments."""
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    refused(make_arguments, "DeepSpeed", "use FSDP2", environment=environment, optim="mars_m")
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("trainer", [Trainer, MarsTrainer])
+def test_engines_are_checked_again_when_training_starts(trainer, make_arguments):
+    """Arguments may have changed since they were made."""
+    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}
+    args = make_arguments(optim="mars_adamw", optim_args="max_norm=none", deepspeed=config)
+    args.optim = "mars_shampoo"
+    with pytest.raises(ValueError, match="FSDP2"):
+        trainer.get_optimizer_cls_and_kwargs(args, tiny_gpt2())
+
+
+def test_exact_mode_with_several_gpus_in_one_process_is_refused(make_arguments, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    parts = ["exact=true", "2 GPUs in one process", "torchrun --nproc_per_node 2"]
+    refused(make_arguments, *parts, optim="mars_lion", optim_args="exact=true")
+    make_arguments(optim="mars_lion")
