@@ -317,7 +317,8 @@ def refused(make_arguments, *parts, **settings):
 def test_fsdp1_is_refused(cls, optim, make_arguments):
     parts = [f"optim={optim!r}", "FSDP1", "fsdp_version: 2"]
     refused(make_arguments, *parts, cls=cls, optim=optim, fsdp=True, fsdp_config={"version": 1})
-    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}  # what `accelerate launch --use_fsdp` sets
+    # What `accelerate launch --use_fsdp` sets; accelerate's own reading of it wants a GPU.
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "true"}
     refused(make_arguments, *parts, cls=cls, optim=optim, environment=environment)
     make_arguments(cls, optim="adamw_torch")
     make_arguments(cls, {"FSDP_VERSION": "2"}, optim=optim)

@@ -5,9 +5,10 @@ FSDP1 and DeepSpeed give an optimizer flat slices, cut without regard to where o
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from ..optim import MarsShampoo
@@ -46,8 +47,8 @@ def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: d
 def _fsdp_version(args: TrainingArguments) -> int | None:
     if args.fsdp_plugin_args is not None:
         return args.fsdp_plugin_args.get("fsdp_version", 1)
-    # accelerate launch speaks to the plugin through the environment.
-    return FullyShardedDataParallelPlugin().fsdp_version if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+    # What `accelerate launch` tells accelerate's FullyShardedDataParallelPlugin.
+    return int(os.environ.get("FSDP_VERSION", "1")) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
 
 
 def _check_deepspeed(
