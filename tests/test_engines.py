@@ -4,7 +4,9 @@ Starting Python costs more than training, so that all runs of an engine share on
 """
 
 import json
+import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -387,3 +389,31 @@ def test_exact_mode_with_several_gpus_in_one_process_is_refused(make_arguments, 
     parts = ["exact=true", "2 GPUs in one process", "torchrun --nproc_per_node 2"]
     refused(make_arguments, *parts, optim="mars_lion", optim_args="exact=true")
     make_arguments(optim="mars_lion")
+
+
+ZERO_2 = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}
+REFUSED = {
+    "FSDP1": {"optim": "mars_adamw", "fsdp": True, "fsdp_config": {"version": 1}},
+    "DeepSpeed, mars_shampoo or mars_m": {"optim": "mars_shampoo", "deepspeed": ZERO_2},
+    "DeepSpeed, the clip": {"optim": "mars_adamw", "deepspeed": ZERO_2},
+    "DeepSpeed, exact": {"optim": "mars_lion", "optim_args": "exact=true", "deepspeed": ZERO_2},
+    "DeepSpeed, offload": {
+        "optim": "mars_lion",
+        "optim_args": "max_norm=none",
+        "deepspeed": {**ZERO_2, "zero_optimization": OFFLOAD},
+    },
+    "DeepSpeed, its optimizer": {"optim": "mars_lion", "deepspeed": {**ZERO_2, "optimizer": {"type": "AdamW"}}},
+    "DataParallel, exact": {"optim": "mars_lion", "optim_args": "exact=true"},
+}
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("asked_for", REFUSED)
+def test_the_documented_errors_are_the_printed_ones(asked_for, make_arguments, monkeypatch):
+    if asked_for.startswith("DataParallel"):
+        monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    document = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    (documented,) = re.findall(rf"^\| {asked_for} \| `(.*)` \|$", document, re.MULTILINE)
+    with pytest.raises(ValueError) as error:
+        make_arguments(**REFUSED[asked_for])
+    assert str(error.value) == documented
