@@ -58,6 +58,12 @@ def a_run(name, engine, processes, *, label=None, state_dict="FULL_STATE_DICT", 
     return {"name": label or name, "settings": settings, **more}
 
 
+def resumed(run, checkpoint, what="resumed"):
+    """The same run from a checkpoint on. What it would save itself nobody reads."""
+    settings = {**run["settings"], "save_strategy": "no"}
+    return {"name": f"{run['name']} {what}", "settings": settings, "resume": checkpoint}
+
+
 class Launches:
     """Runs of the engines, in one folder."""
 
@@ -136,8 +142,9 @@ def killed(launches):
 def ddp(launches, alone, killed):
     runs = [a_run(name, "ddp", 2) for name in SETTINGS]
     for name in SETTINGS:
-        resumed = {"resumed": launches.checkpoint("ddp", name), "grown": launches.checkpoint("alone", name)}
-        runs += [a_run(name, "ddp", 2, label=f"{name} {what}", resume=resume) for what, resume in resumed.items()]
+        run = a_run(name, "ddp", 2)
+        runs.append(resumed(run, launches.checkpoint("ddp", name)))
+        runs.append(resumed(run, launches.checkpoint("alone", name), "grown"))
     runs += [a_run(name.removesuffix(" Trainer"), "ddp", 2, label=name, trainer="Trainer") for name in STOCK]
     died = launches.checkpoint("killed", "mars_adamw approx")
     runs.append(a_run("mars_adamw approx", "ddp", 2, label="after the death", resume=died))
@@ -200,9 +207,8 @@ def fsdp2(launches, fsdp2_of_one):
         for state_dict in STATE_DICTS:
             label = f"{name} {state_dict}"
             run = a_run(name, "fsdp2", 2, label=label, state_dict=state_dict)
-            resumed = {**run, "name": f"{label} resumed", "resume": launches.checkpoint("fsdp2", label)}
-            grown = {**run, "name": f"{label} grown", "resume": launches.checkpoint("fsdp2_of_one", label)}
-            runs += [run, resumed, grown]
+            grown = resumed(run, launches.checkpoint("fsdp2_of_one", label), "grown")
+            runs += [run, resumed(run, launches.checkpoint("fsdp2", label)), grown]
     runs += [a_run(name.removesuffix(" Trainer"), "fsdp2", 2, label=name, trainer="Trainer") for name in STOCK]
     return launches.together("fsdp2", "fsdp2", 2, runs)
 
@@ -213,8 +219,8 @@ def fsdp2_shrunk(launches, fsdp2):
     for name in SETTINGS:
         for state_dict in STATE_DICTS:
             label = f"{name} {state_dict}"
-            resume = launches.checkpoint("fsdp2", label)
-            runs.append(a_run(name, "fsdp2", 1, label=label, state_dict=state_dict, resume=resume))
+            run = a_run(name, "fsdp2", 1, label=label, state_dict=state_dict)
+            runs.append(resumed(run, launches.checkpoint("fsdp2", label), "shrunk"))
     return launches.together("fsdp2_shrunk", "fsdp2", 1, runs)
 
 
@@ -246,7 +252,7 @@ def test_fsdp2_resumes(name, state_dict, fsdp2):
 @EVERY_STATE_DICT
 def test_fsdp2_resumes_on_another_number_of_processes(name, state_dict, fsdp2, fsdp2_shrunk, alone):
     check_resumed(fsdp2[f"{name} {state_dict} grown"], alone[name])
-    check_resumed(fsdp2_shrunk[f"{name} {state_dict}"], alone[name])
+    check_resumed(fsdp2_shrunk[f"{name} {state_dict} shrunk"], alone[name])
 
 
 # ---- DeepSpeed ----
@@ -258,8 +264,7 @@ def deepspeed(launches):
     for name in UNCLIPPED:
         for zero in ZERO:
             run = a_run(name, "deepspeed", 2, label=f"{name} {zero}", zero=zero)
-            resume = launches.checkpoint("deepspeed", f"{name} {zero}")
-            runs += [run, {**run, "name": f"{name} {zero} resumed", "resume": resume}]
+            runs += [run, resumed(run, launches.checkpoint("deepspeed", f"{name} {zero}"))]
     runs.append(a_run(UNCLIPPED[0], "deepspeed", 2, label="stock", zero="stage 1", trainer="Trainer"))
     return launches.together("deepspeed", "deepspeed", 2, runs, DS_ACCELERATOR="cpu")
 
