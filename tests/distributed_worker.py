@@ -1,5 +1,8 @@
-"""One rank of tests/test_distributed.py: train a model on this rank's half of each batch, and the same model on all of
-it in this process alone; print the largest relative difference of a parameter, per setting, as JSON on rank 0."""
+"""One rank of tests/test_distributed.py: train a model together, and the same model on all data in this process alone.
+
+Usage: distributed_worker.py PROCESSES ENGINE…  Rank 0 prints, as JSON, for every engine and setting the largest
+relative difference of a parameter; for "fsdp1" what each variant says to it.
+"""
 
 import json
 import os
@@ -7,21 +10,15 @@ import sys
 
 import torch
 import torch.distributed as dist
+from helpers import METHODS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
-
-STEPS, BATCH = 12, 8
-METHODS = {
-    "mars_adamw": (MarsAdamW, {}),
-    "mars_lion": (MarsLion, {}),
-    "mars_shampoo": (MarsShampoo, {}),
-    "mars_m": (MarsShampoo, {"adjust_lr_fn": "match_rms_adamw"}),
-}
+STEPS, BATCH = 8, 8
 OPTIONS = {"clipped": {}, "unclipped": {"max_norm": None}, "exact": {"exact": True}}
 
 
@@ -32,19 +29,35 @@ def make_model():
     return nn.Sequential(*layers, nn.Linear(3, 1)).double()
 
 
-def wrap(engine, model, mesh):
+# Weights are Shard(0), Shard(1), Shard(0) with uneven shards; the others stay plain tensors.
+TENSOR_PARALLEL = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(output_layouts=Replicate())}
+
+
+def wrap(engine, model, size):
+    """The model under ``engine`` on all ``size`` processes, and how many ranks share a batch's rows."""
+    if engine in ("ddp", "ddp_bucket_view"):
+        return DistributedDataParallel(model, gradient_as_bucket_view=engine == "ddp_bucket_view"), size
     if engine == "fsdp2":
-        fully_shard(model, mesh=mesh)
-        assert all(isinstance(p, DTensor) and p.device_mesh.size() == 2 for p in model.parameters())
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=engine == "ddp_bucket_view")
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    elif engine == "hsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")))
+    elif engine == "tensor_parallel":
+        parallelize_module(model, init_device_mesh("cpu", (size,)), TENSOR_PARALLEL)
+        return model, 1
+    elif engine == "fsdp2_tensor_parallel":
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("shard", "tp"))
+        parallelize_module(model, mesh["tp"], TENSOR_PARALLEL)
+        fully_shard(model, mesh=mesh["shard"])
+        return model, 2
+    assert all(isinstance(p, DTensor) and p.device_mesh.size() == size for p in model.parameters())
+    return model, size
 
 
 def train(model, optimizer, inputs, targets, rows, *, set_to_none):
     clipped_steps = 0
     for t, (x, y) in enumerate(zip(inputs, targets, strict=True)):
 
-        def backward(x=x[rows], y=y[rows], scale=0.01 * 2**t):  # clipping sets in on the way
+        def backward(x=x[rows], y=y[rows], scale=0.01 * 3**t):  # clipping sets in on the way
             (scale * ((model(x) - y) ** 2).mean()).backward()
 
         if optimizer.param_groups[0]["exact"]:
@@ -58,43 +71,67 @@ def train(model, optimizer, inputs, targets, rows, *, set_to_none):
     return clipped_steps
 
 
-def main(engine):
+def largest_error(engine, cls, arguments, inputs, targets):
+    alone = make_model()
+    clipped_steps = train(alone, cls(alone.parameters(), **arguments), inputs, targets, slice(None), set_to_none=True)
+    assert 0 < clipped_steps < STEPS, clipped_steps
+    model = make_model()
+    wrapped, parts = wrap(engine, model, dist.get_world_size())
+    part = dist.get_rank() * parts // dist.get_world_size()
+    rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+    optimizer = cls(model.parameters(), **arguments)
+    # Reused gradient memory is DDP's trap; bucket views stay views only if they are zeroed in place.
+    train(wrapped, optimizer, inputs, targets, rows, set_to_none=engine != "ddp_bucket_view")
+    keys = [sorted(optimizer.state[p]) for p in model.parameters()]
+    everyones_keys = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones_keys, keys)
+    assert all(keys == everyones_keys[0] for keys in everyones_keys)
+    error = 0.0
+    for a, b in zip(alone.parameters(), model.parameters(), strict=True):
+        b = b.full_tensor() if isinstance(b, DTensor) else b
+        error = max(error, ((a - b).abs().max() / a.abs().max()).item())
+    return error
+
+
+def refusals():
+    """What the variants say to FSDP1's parameters, flat ones and slices of flat ones."""
+    messages = {}
+    for method, (cls, keywords, _) in METHODS.items():
+        for use_orig_params in (False, True):
+            model = FullyShardedDataParallel(
+                make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+            )
+            try:
+                cls(model.parameters(), **keywords)
+            except ValueError as error:
+                messages[f"{method} {use_orig_params}"] = str(error)
+    return messages
+
+
+def main(processes, engines):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    assert dist.get_world_size() == 2
-    mesh = init_device_mesh("cpu", (2,))
+    assert dist.get_world_size() == processes
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(STEPS, BATCH, 7, generator=generator, dtype=torch.float64)
     targets = torch.randn(STEPS, BATCH, 1, generator=generator, dtype=torch.float64)
-    half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
-    errors = {}
-    for method, (cls, keywords) in METHODS.items():
-        for option, settings in OPTIONS.items():
-            arguments = {"lr": 0.02, "weight_decay": 0.1, **keywords, **settings}
-            alone = make_model()
-            optimizer = cls(alone.parameters(), **arguments)
-            clipped_steps = train(alone, optimizer, inputs, targets, slice(None), set_to_none=True)
-            assert 0 < clipped_steps < STEPS, clipped_steps
-            model = make_model()
-            wrapped = wrap(engine, model, mesh)
-            # Reused gradient memory is DDP's trap; bucket views stay views only if they are zeroed in place.
-            optimizer = cls(model.parameters(), **arguments)
-            train(wrapped, optimizer, inputs, targets, half, set_to_none=engine != "ddp_bucket_view")
-            keys = [sorted(optimizer.state[p]) for p in model.parameters()]
-            everyones_keys = [None, None]
-            dist.all_gather_object(everyones_keys, keys)
-            assert everyones_keys[0] == everyones_keys[1]
-            error = 0.0
-            for a, b in zip(alone.parameters(), model.parameters(), strict=True):
-                b = b.full_tensor() if isinstance(b, DTensor) else b
-                error = max(error, ((a - b).abs().max() / a.abs().max()).item())
-            errors[f"{method} {option}"] = error
-    if rank == 0:
+    errors = {
+        engine: refusals()
+        if engine == "fsdp1"
+        else {
+            f"{method} {option}": largest_error(
+                engine, cls, {"lr": 0.02, "weight_decay": 0.1, **keywords, **settings}, inputs, targets
+            )
+            for method, (cls, keywords, _) in METHODS.items()
+            for option, settings in OPTIONS.items()
+        }
+        for engine in engines
+    }
+    if dist.get_rank() == 0:
         print(json.dumps(errors), flush=True)
     dist.barrier()
     os._exit(0)  # gloo can hang when a process group is torn down after DDP
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]), sys.argv[2:])

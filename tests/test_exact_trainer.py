@@ -354,13 +354,6 @@ def test_a_gradient_scaler_that_the_launcher_asked_for_is_refused(tmp_path):
         trainer.train()
 
 
-def test_deepspeed_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, optim_args="exact=true")
-    trainer.is_deepspeed_enabled = True
-    with pytest.raises(ValueError, match="DeepSpeed"):
-        trainer.create_optimizer()
-
-
 # --- Interruptions
 
 

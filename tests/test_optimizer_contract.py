@@ -17,7 +17,7 @@ from reference import references
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
+from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo, parameter_roles
 
 OPTIM = Path(sys.modules["hf_mars.optim"].__file__).parent
 CLASSES = [MarsAdamW, MarsLion, MarsShampoo]
@@ -211,9 +211,32 @@ def test_a_group_states_its_kind(method, kind, shape, lr_1d):
 @pytest.mark.parametrize("cls", [MarsAdamW, MarsLion])
 def test_a_flat_shard_of_a_matrix_is_a_matrix(cls):
     params = make_params([(12,)])
-    optimizer = cls([{"params": params, "kind": "matrix"}], lr=0.02)
+    optimizer = cls([{"params": params, "kind": "matrix"}], lr=0.02, max_norm=None)
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["gamma"]) == (0.02, 0.025)
-    check_follows(optimizer, params, references(UPDATE[cls], params, lr=0.02, kind="matrix"))
+    check_follows(optimizer, params, references(UPDATE[cls], params, lr=0.02, kind="matrix", max_norm=None))
+
+
+@EVERY_METHOD
+def test_what_needs_whole_matrices_refuses_flat_slices(method):
+    """DeepSpeed flattens groups after the optimizer was made; the norm of a slice is no matrix's norm."""
+    params = make_params([(3, 4)])
+    optimizer = make(method, params)
+    flat = torch.nn.Parameter(params[0].detach().flatten())
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones_like(flat)
+    with pytest.raises(RuntimeError, match=r"flat slice of shape \(12,\).*FSDP2"):
+        optimizer.step()
+    assert torch.equal(flat, params[0].flatten())
+
+
+def test_parameters_that_zero_3_has_emptied_are_what_they_were():
+    """deepspeed.zero.Init leaves (0,) of every parameter and notes the shape."""
+    model = nn.Sequential(nn.Linear(3, 4))
+    for param in model.parameters():
+        param.ds_shape = param.shape
+        param.data = torch.empty(0)
+    assert kinds(MarsLion(model.parameters())) == ["matrix", "1d"]
+    assert {role.kind for role in parameter_roles(model).values()} == {"matrix", "1d"}
 
 
 @pytest.mark.parametrize("orthogonalize", [False, True])
@@ -719,7 +742,7 @@ def test_step_never_waits_for_the_device(method, max_norm):
 def test_empty_shards(cls):
     """Engines that slice flattened parameters leave some ranks with nothing of a parameter."""
     params = make_params([(12,), (0,)])
-    optimizer = cls([{"params": params, "kind": "matrix"}], lr=0.02)
+    optimizer = cls([{"params": params, "kind": "matrix"}], lr=0.02, max_norm=None)
     run_steps(optimizer, params, make_gradients(params, 3))
     assert params[0].isfinite().all()
 

@@ -2,7 +2,7 @@
 
 import torch
 from helpers import tiny_gpt2
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
 
@@ -50,6 +50,15 @@ def train(output_dir, cls=MarsTrainer, resume=None, **settings):
     return trainer
 
 
+class CountSteps(TrainerCallback):
+    """How many updates were made in this process: a resumed run has made fewer than its state says."""
+
+    taken = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.taken += 1
+
+
 def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -62,4 +71,14 @@ def optimizer_of(trainer):
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
-__all__ = ["BLOCK", "Trainer", "losses", "make_trainer", "optimizer_of", "token_blocks", "train", "weights"]
+__all__ = [
+    "BLOCK",
+    "CountSteps",
+    "Trainer",
+    "losses",
+    "make_trainer",
+    "optimizer_of",
+    "token_blocks",
+    "train",
+    "weights",
+]

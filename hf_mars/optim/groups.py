@@ -31,7 +31,21 @@ class ParameterRole(NamedTuple):
 
 def role_of_shape(param: Tensor) -> ParameterRole:
     """The role of a parameter of which nothing but the shape is known."""
-    return ParameterRole("1d" if param.ndim < 2 else "matrix")
+    return ParameterRole("1d" if dimensions(param) < 2 else "matrix")
+
+
+def dimensions(param: Tensor) -> int:
+    """How many dimensions a parameter has, also where DeepSpeed's ZeRO-3 has taken its values away (shape (0,))."""
+    return len(getattr(param, "ds_shape", param.shape))
+
+
+def check_not_flattened(param: Tensor) -> None:
+    """Raise a ValueError for a parameter that FSDP1 has flattened: its shape tells nothing of what it was."""
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"params: FSDP1 has flattened a parameter (shape {tuple(param.shape)}); use FSDP2: "
+            "torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate's configuration"
+        )
 
 
 # Output heads of classification models, which have no get_output_embeddings(); attribute names in transformers.
@@ -53,7 +67,7 @@ def parameter_roles(model: nn.Module) -> dict[Tensor, ParameterRole]:
         is_head = module is output or (isinstance(module, nn.Linear) and _HEADS.search(prefix) is not None)
         is_embedding = is_head or isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         for name, param in module.named_parameters(recurse=False):
-            if param.ndim < 2:
+            if dimensions(param) < 2:
                 role = ParameterRole("1d")
             elif is_embedding or (name != "weight" and _BARE_EMBEDDINGS.search(name)):
                 role = ParameterRole("embedding")

@@ -16,7 +16,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from .adamw import adamw
 from .correction import clipped, corrected_gradient, initial_average, reads_are_free, scaling
 from .exact import at_previous_point
-from .groups import KINDS, ParameterRole, role_of_shape
+from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
 from .hyperparameters import check_hyperparameters, dtype_of
 from .last_grad import remember
 from .lion import lion
@@ -160,6 +160,7 @@ class Mars(Optimizer):
                 raise TypeError(f"params must be Tensors, got {type(tensor).__name__}")
             if tensor.is_complex():
                 raise ValueError(f"params must be real, got a parameter of dtype {tensor.dtype}")
+            check_not_flattened(tensor)
             if tensor in seen:
                 raise ValueError(f"params must be distinct, got a parameter of shape {tuple(tensor.shape)} twice")
             seen.add(tensor)
@@ -180,7 +181,7 @@ class Mars(Optimizer):
         guess = self._roles.get(param) if "_roles" in self.__dict__ else None
         guess = guess or role_of_shape(param)
         role = ParameterRole(settings.get("kind", guess.kind), settings.get("layout", guess.layout))
-        if role.kind == "matrix" and self.matrix_update == "shampoo" and param.ndim < 2:
+        if role.kind == "matrix" and self.matrix_update == "shampoo" and dimensions(param) < 2:
             raise ValueError(
                 f"kind='matrix' needs two or more dimensions to orthogonalise, got shape {tuple(param.shape)}"
             )
@@ -206,7 +207,8 @@ class Mars(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse; or, in exact mode, the gradient at x_{t−1} was not evaluated.
+            RuntimeError: a gradient is sparse; or an engine has flattened matrices that the update needs whole; or, in
+                exact mode, the gradient at x_{t−1} was not evaluated.
         """
         loss = None
         if closure is not None:
@@ -290,6 +292,7 @@ class Mars(Optimizer):
             return torch.zeros_like(param, dtype=_state_dtype(key, param, group), memory_format=torch.preserve_format)
 
         if "exp_avg" not in state:
+            _check_whole(param, group)
             if group["update"] == "adamw":
                 # Where torch's AdamW keeps it: a fused kernel reads it on the device, the others on the host.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["fused"] else "cpu")
@@ -573,6 +576,17 @@ def _settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
 def _plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with which a group gets AdamW, uncorrected and unclipped."""
     return {"betas": settings["betas_1d"], "gamma": 0.0, "max_norm": None}
+
+
+def _check_whole(param: Tensor, group: dict[str, Any]) -> None:
+    """Refuse a matrix that an engine has made a flat slice of, where the update depends on it as a whole."""
+    if group["kind"] == "1d" or param.ndim > 1 or (group["update"] != "shampoo" and group["max_norm"] is None):
+        return
+    instead = "" if group["update"] == "shampoo" else "set max_norm=None (no clip) or "
+    raise RuntimeError(
+        f"update={group['update']!r} with max_norm={group['max_norm']} needs whole matrices, but got a flat slice of "
+        f"shape {tuple(param.shape)}, as DeepSpeed makes them; {instead}use FSDP2"
+    )
 
 
 def _kappa(group: dict[str, Any]) -> float:

@@ -18,6 +18,7 @@ from ..optim import MarsAdamW, MarsLion, MarsShampoo, parameter_roles
 from ..optim.hyperparameters import RANGES, check_hyperparameters
 from ..optim.mars import Mars
 from .arguments import BETA_DEFAULTS, MarsTrainingArguments, transformers_default
+from .engines import check_engine
 
 logger = logging.get_logger(__name__)
 
@@ -192,10 +193,21 @@ def _beta_of_arguments(args: TrainingArguments, field: str) -> float:
     return BETA_DEFAULTS[field]
 
 
-def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[Mars], dict[str, Any]]:
-    """What ``Trainer.get_optimizer_cls_and_kwargs`` returns for a MARS name; logs the hyperparameters."""
+def checked_settings(args: TrainingArguments) -> tuple[type[Mars], dict[str, Any]]:
+    """The optimizer class that ``args.optim`` names, and its keyword arguments, which the engine takes too.
+
+    Raises:
+        ValueError: see :func:`hyperparameters` and :func:`~hf_mars.trainer.engines.check_engine`.
+    """
     optimizer_cls = VARIANTS[mars_name(args)].optimizer_cls
     kwargs = hyperparameters(args)
+    check_engine(args, optimizer_cls, kwargs)
+    return optimizer_cls, kwargs
+
+
+def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[Mars], dict[str, Any]]:
+    """What ``Trainer.get_optimizer_cls_and_kwargs`` returns for a MARS name; logs the hyperparameters."""
+    optimizer_cls, kwargs = checked_settings(args)
     logger.info(f"{optimizer_cls.__name__}({', '.join(f'{key}={value!r}' for key, value in kwargs.items())})")
     if optimizer_cls is MarsShampoo:
         if model is None:

@@ -10,7 +10,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from .options import VARIANTS, hyperparameters, mars_name, optimizer_cls_and_kwargs
+from .options import VARIANTS, checked_settings, hyperparameters, mars_name, optimizer_cls_and_kwargs
 
 logger = logging.get_logger(__name__)
 
@@ -43,13 +43,18 @@ def _mars_handler(ctx: OptimizerContext) -> tuple[Any, dict[str, Any]]:
 
 
 def _checking_first(post_init):
-    """Check optim_args when TrainingArguments are made, long before a Trainer would: no model is loaded in vain."""
+    """Check optim_args and the engine when TrainingArguments are made, long before a Trainer would.
+
+    No model is loaded in vain; and a DeepSpeed configuration with an optimizer of its own never asks for ours.
+    """
 
     @functools.wraps(post_init)
     def checked(self, *args, **kwargs):
         if mars_name(self) is not None:
             hyperparameters(self)
         post_init(self, *args, **kwargs)
+        if mars_name(self) is not None:
+            checked_settings(self)  # the engine's configuration is only known by now
 
     checked._hf_mars = True
     return checked

@@ -29,7 +29,8 @@ class MarsTrainer(Trainer):
 
     Raises:
         ValueError: when training starts, in exact mode: fp16, whose gradient scaler rescales only one of the two
-            evaluations, or DeepSpeed, whose backward is also its optimizer's step.
+            evaluations. Engines that MARS does not work with are refused when ``args`` are made
+            (:func:`hf_mars.trainer.engines.check_engine`).
     """
 
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *rest, **kwargs):
@@ -53,8 +54,6 @@ class MarsTrainer(Trainer):
         if exact is not None:
             if self.args.fp16 or self.accelerator.scaler is not None:
                 raise ValueError("optim_args exact=true does not work with fp16=True; use bf16=True or full precision")
-            if self.is_deepspeed_enabled:
-                raise ValueError("optim_args exact=true does not work with DeepSpeed; use DDP or exact=false")
             exact._forget_previous_point()  # of an update that broke off, where training starts again
         return optimizer
 
