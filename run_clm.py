@@ -45,7 +45,8 @@ from hf_mars.corpus import (
     load_texts,
     train_bpe,
 )
-from hf_mars.metrics import ComputeNextTokenAccuracy, most_likely_tokens, perplexity
+from hf_mars.metrics import ComputeLanguageModelMetrics, losses_and_tokens
+from hf_mars.processes import all_or_none, check_same, main_processes_first
 
 logger = logging.getLogger("run_clm")
 
@@ -172,8 +173,8 @@ def parse_arguments(argv: list[str]):
         (ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments),
         description=__doc__.split("\n")[0] + " Does both training and evaluation unless do_train or do_eval is given.",
     )
-    # None tells "not given" from "false", which TrainingArguments cannot.
-    parser.set_defaults(do_train=None, do_eval=None)
+    # None tells "not given" from "false", which TrainingArguments cannot. A job has one log, not one a node.
+    parser.set_defaults(do_train=None, do_eval=None, log_on_each_node=False)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
@@ -215,6 +216,12 @@ def check_arguments(model_args, data_args, training_args) -> None:
     """Raise UsageError for whatever cannot work, as far as that shows before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval):
         raise UsageError("--do_train false --do_eval false: there is nothing to do; set one of them to true")
+
+    if training_args.prediction_loss_only:
+        raise UsageError(
+            "--prediction_loss_only true: loss, perplexity and accuracy are all computed from the logits, batch by batch; "
+            "drop it"
+        )
 
     if training_args.eval_on_start and not training_args.do_eval:
         raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")
@@ -464,8 +471,9 @@ def load_tokenizer(model_args, checkpoint: str | None):
 def train_tokenizer(texts, vocab_size: int, block_size: int, show_progress: bool):
     """A byte-level BPE trained on the main process and sent to the others."""
     trained = [None]
-    if PartialState().is_main_process:
-        trained = [train_bpe(texts, vocab_size, show_progress=show_progress).to_str()]
+    with all_or_none():
+        if PartialState().is_main_process:
+            trained = [train_bpe(texts, vocab_size, show_progress=show_progress).to_str()]
     broadcast_object_list(trained)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trained[0]),
@@ -523,16 +531,6 @@ def load_model(config, model_args):
 # ---- training ----
 
 
-class CausalLMTrainer(MarsTrainer):
-    """MarsTrainer that reports perplexity at every evaluation."""
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if (loss := output.metrics.get(f"{metric_key_prefix}_loss")) is not None:
-            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity(loss)
-        return output
-
-
 def set_up_logging(training_args) -> None:
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
@@ -549,8 +547,12 @@ def set_up_logging(training_args) -> None:
 def load_blocks(texts, tokenizer, block_size: int, data_args, training_args):
     """(training blocks or None, validation blocks or None), as far as they are to be used."""
     train_blocks = eval_blocks = None
-    options = {"num_proc": data_args.preprocessing_num_workers, "overwrite_cache": data_args.overwrite_cache}
-    with training_args.main_process_first(desc="tokenising"):
+    options = {
+        "num_proc": data_args.preprocessing_num_workers,
+        # The first process of a node tokenises; the others take what it wrote.
+        "overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0,
+    }
+    with all_or_none(), main_processes_first(training_args, desc="tokenising"):
         if training_args.do_train and data_args.streaming:
             train_blocks = TokenStream(texts["train"], tokenizer, block_size, data_args.max_train_samples)
             if next(iter(train_blocks), None) is None:
@@ -575,6 +577,7 @@ def load_blocks(texts, tokenizer, block_size: int, data_args, training_args):
             )
     for name, blocks in (("training", train_blocks), ("validation", eval_blocks)):
         if isinstance(blocks, TokenBlocks):
+            check_same(blocks.total_tokens, f"the number of tokens of the {name} text")
             if len(blocks) == 0:
                 raise UsageError(
                     f"--block_size {block_size}: the {name} text has only {blocks.total_tokens} tokens; "
@@ -634,25 +637,29 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     model_args, data_args, run_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
     set_up_logging(training_args)
-    check_arguments(model_args, data_args, training_args)
     checkpoint, stale = None, []
-    if training_args.do_train:
-        checkpoint = checkpoint_to_resume(training_args, run_args)
-        if run_args.overwrite_output_dir:
-            sources = [model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name]
-            stale = files_of_previous_run(Path(training_args.output_dir), sources)
     # No process may write to output_dir before every process has looked at it.
-    PartialState().wait_for_everyone()
+    with all_or_none():
+        check_arguments(model_args, data_args, training_args)
+        if training_args.do_train:
+            checkpoint = checkpoint_to_resume(training_args, run_args)
+            if run_args.overwrite_output_dir:
+                sources = [model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name]
+                stale = files_of_previous_run(Path(training_args.output_dir), sources)
+    # Nodes that do not share output_dir may have different checkpoints, or none.
+    name = checkpoint and Path(checkpoint).name
+    check_same(name, f"the checkpoint that --resume_from_checkpoint {training_args.resume_from_checkpoint} finds")
     if checkpoint:
         logger.info(f"resuming from {checkpoint}")
 
-    config = load_config(model_args, data_args.block_size)
-    block_size = choose_block_size(data_args.block_size, config)
-    tokenizer = load_tokenizer(model_args, checkpoint)
-    if tokenizer is not None:
-        fit_vocabulary(config, tokenizer, model_args)
+    with all_or_none():
+        config = load_config(model_args, data_args.block_size)
+        block_size = choose_block_size(data_args.block_size, config)
+        tokenizer = load_tokenizer(model_args, checkpoint)
+        if tokenizer is not None:
+            fit_vocabulary(config, tokenizer, model_args)
 
-    with training_args.main_process_first(desc="loading the texts"):
+    with all_or_none(), main_processes_first(training_args, desc="loading the texts"):
         texts = load_texts(
             train_file=data_args.train_file,
             validation_file=data_args.validation_file,
@@ -664,11 +671,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             cache_dir=model_args.cache_dir,
             token=model_args.token,
         )
-    if training_args.do_eval and "validation" not in texts:
-        raise UsageError(
-            f"--dataset_name {data_args.dataset_name}: has no validation split; "
-            "give --validation_split_percentage between 1 and 99, or --do_train without --do_eval"
-        )
+        if training_args.do_eval and "validation" not in texts:
+            raise UsageError(
+                f"--dataset_name {data_args.dataset_name}: has no validation split; "
+                "give --validation_split_percentage between 1 and 99, or --do_train without --do_eval"
+            )
     if tokenizer is None:
         source = texts.get("train") or texts["validation"]
         vocab_size = model_args.vocab_size or DEFAULT_VOCAB_SIZE
@@ -684,17 +691,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             logger.warning(f"--overwrite_output_dir: removing {path}")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    # Accuracy is counted batch by batch: neither logits nor predictions pile up.
+    # Losses and accuracy are summed batch by batch: neither logits nor predictions pile up.
     training_args.batch_eval_metrics = True
-    trainer = CausalLMTrainer(
+    trainer = MarsTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         processing_class=tokenizer,
         data_collator=collate_blocks,
-        compute_metrics=ComputeNextTokenAccuracy(),
-        preprocess_logits_for_metrics=most_likely_tokens,
+        compute_metrics=ComputeLanguageModelMetrics(),
+        preprocess_logits_for_metrics=losses_and_tokens,
     )
     results = {}
     if training_args.do_train:

@@ -117,6 +117,7 @@ REFUSED = {
     "--streaming --max_steps 1 --train_file two.txt --validation_file two.txt": "--block_size 128: .*fewer tokens",
     "--do_train false": "--do_train false --do_eval false: there is nothing to do",
     "--do_train --eval_on_start": "--eval_on_start true: needs evaluation",
+    "--prediction_loss_only true": "--prediction_loss_only true: .*computed from the logits",
     "--resume_from_checkpoint true": "--resume_from_checkpoint true: there is no complete checkpoint",
     "--resume_from_checkpoint nosuch": "--resume_from_checkpoint nosuch: .*allowed: true, auto, false or the path",
     "--resume_from_checkpoint auto --overwrite_output_dir": "--resume_from_checkpoint auto: contradicts",
