@@ -219,8 +219,8 @@ def check_arguments(model_args, data_args, training_args) -> None:
 
     if training_args.prediction_loss_only:
         raise UsageError(
-            "--prediction_loss_only true: loss, perplexity and accuracy are all computed from the logits, batch by batch; "
-            "drop it"
+            "--prediction_loss_only true: loss, perplexity and accuracy are computed from the logits; drop it "
+            "(they are summed batch by batch, so it would save no memory)"
         )
 
     if training_args.eval_on_start and not training_args.do_eval:
