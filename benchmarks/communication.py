@@ -40,9 +40,6 @@ from hf_mars.optim.groups import KINDS
 FP32, BF16 = 4, 2  # bytes
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
-# Whether each rank orthogonalises a part of the matrices and sends it to the others, or every rank all of them.
-NEWTON_SCHULZ_IS_SHARED = False
-
 
 # ---- formulas ----
 
@@ -57,7 +54,9 @@ class Variant:
         adamw: the kinds that also keep AdamW's step count, one float32.
         clipped: the kinds whose c_t is clipped by its norm.
         orthogonalizes: whether matrices go through Newton–Schulz.
+        replicas: whether it is told the process group, and under DDP shares the matrices out among its ranks.
         evaluations: gradients an update.
+        engines: under which it is counted.
     """
 
     make: Any
@@ -65,22 +64,28 @@ class Variant:
     adamw: tuple[str, ...] = KINDS
     clipped: tuple[str, ...] = ()
     orthogonalizes: bool = False
+    replicas: bool = False
     evaluations: int = 1
     engines: tuple[str, ...] = ENGINES
 
 
-def shampoo(state, **settings):
+def shampoo(state, *, replicas=False, **settings):
     """The row of a MarsShampoo with these settings."""
     mars_m = settings.get("adjust_lr_fn") == "match_rms_adamw"
     clipped = () if settings.get("max_norm", 1.0) is None else ("matrix",) if mars_m else ("matrix", "embedding")
+
+    def make(groups):
+        return MarsShampoo(groups, process_group=dist.group.WORLD if replicas else None, **settings)
+
     return Variant(
-        functools.partial(MarsShampoo, **settings),
+        make,
         state,
         adamw=("embedding", "1d"),
         clipped=clipped,
         orthogonalizes=True,
+        replicas=replicas,
         evaluations=2 if settings.get("exact") else 1,
-        engines=("ddp", "fsdp2"),
+        engines=("ddp",) if replicas else ("ddp", "fsdp2"),
     )
 
 
@@ -95,11 +100,21 @@ VARIANTS = {
     ),
     "mars_lion": Variant(MarsLion, (2, 2, 2), adamw=("1d",), clipped=BOTH, engines=("ddp", "fsdp2")),
     "mars_lion max_norm=none": Variant(functools.partial(MarsLion, max_norm=None), (1, 1, 2), adamw=("1d",)),
+    "mars_lion exact": Variant(
+        functools.partial(MarsLion, exact=True),
+        (2, 2, 3),
+        adamw=("1d",),
+        clipped=BOTH,
+        evaluations=2,
+        engines=("ddp", "fsdp2"),
+    ),
     "mars_shampoo": shampoo((2, 3, 2)),
+    "mars_shampoo process_group=…": shampoo((2, 3, 2), replicas=True),
     "mars_shampoo max_norm=none": shampoo((1, 3, 2), max_norm=None),
     "mars_shampoo exact": shampoo((2, 3, 3), exact=True),
     "mars_m": shampoo((2, 2, 2), **MARS_M),
     "mars_m max_norm=none": shampoo((1, 2, 2), max_norm=None, **MARS_M),
+    "mars_m exact": shampoo((2, 3, 3), exact=True, **MARS_M),
 }
 
 
@@ -188,23 +203,19 @@ def backward_collectives(model: Model, variant: Variant, engine: str, ranks: int
     return Counter({collective: variant.evaluations * payload for collective, payload in once.items()})
 
 
-def step_collectives(
-    model: Model, variant: Variant, engine: str, ranks: int, shared: bool = NEWTON_SCHULZ_IS_SHARED
-) -> Counter:
+def step_collectives(model: Model, variant: Variant, engine: str, ranks: int) -> Counter:
     """Payload of the collectives of one step(); of an all-to-all, what the fullest rank sends."""
     payload = Counter()
+    share, _ = model.largest_share(ranks)
     if engine == "fsdp2":
         payload["all_reduce"] = FP32 * model.tensors(variant.clipped)  # norms
     if engine in ("zero1", "zero2"):
         payload["all_gather"] = BF16 * ranks * model.elements(engine=engine, ranks=ranks)  # updated parameters
-    if variant.orthogonalizes and shared:
-        share, _ = model.largest_share(ranks)
-        if engine == "ddp":
-            payload["all_gather"] = FP32 * ranks * share  # results; every rank's part as long as the longest
-        else:  # shards of the momentum to the rank that works on the matrix, and its results back
-            payload["all_to_all"] = FP32 * (model.elements(["matrix"], engine, ranks) + share)
-    elif variant.orthogonalizes and engine == "fsdp2":
-        payload["all_gather"] = FP32 * ranks * model.elements(["matrix"], engine, ranks)  # shards of the momentum
+    if variant.orthogonalizes and engine == "fsdp2":
+        # Shards of the momentum to the rank that works on the matrix, and its results back.
+        payload["all_to_all"] = FP32 * (model.elements(["matrix"], engine, ranks) + share)
+    if variant.replicas and engine == "ddp":
+        payload["all_gather"] = FP32 * ranks * share  # results; every rank's part as long as the longest
     return +payload
 
 
@@ -415,8 +426,8 @@ def predictions() -> str:
             kept = weight_bytes(model, engine, n) + gradient_bytes(model, engine, n)
             return kept + state_bytes(model, variant, engine, n)
 
-        def step_traffic(model, variant, engine, n, **shared):
-            return sent_bytes(step_collectives(model, variant, engine, n, **shared), n)
+        def step_traffic(model, variant, engine, n):
+            return sent_bytes(step_collectives(model, variant, engine, n), n)
 
         def backward_traffic(model, variant, engine, n):
             return sent_bytes(backward_collectives(model, variant, engine, n), n)
@@ -433,14 +444,9 @@ def predictions() -> str:
         rows = []
         for n in RANKS:
             counts = [6 * model.elements() * TOKENS / n, flops, model.largest_share(n)[1]]
-            row = [str(n), *(f"{count / 1e12:,.1f}" for count in counts)]
-            for engine, shared in itertools.product(("ddp", "fsdp2"), (False, True)):
-                row.append(gigabytes([step_traffic(model, VARIANTS["mars_shampoo"], engine, n, shared=shared)]))
-            rows.append(row)
-        ways = ["on every rank", "shared out"]
-        header = ["ranks", "TFLOP of a rank: forward and backward", *(f"Newton–Schulz {way}" for way in ways)]
-        header += [f"GB sent by a rank: {engine} {way}" for engine, way in itertools.product(("ddp", "fsdp2"), ways)]
-        text += table(header, rows)
+            rows.append([str(n), *(f"{count / 1e12:,.1f}" for count in counts)])
+        ways = "Newton–Schulz on every rank", "Newton–Schulz shared out"
+        text += table(["TFLOP of a rank, of so many", "forward and backward", *ways], rows)
     return text
 
 
