@@ -685,6 +685,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     set_seed(training_args.seed)
     model = load_model(config, model_args)
+    if training_args.save_on_each_node:
+        # transformers 5.23 lets the job's first process alone write weights, whomever Trainer has chosen.
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
 
     if training_args.should_save:
         for path in stale:

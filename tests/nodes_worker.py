@@ -5,8 +5,10 @@ shares no disk but FOLDER/shared. What each run of run_clm.main returned, or how
 FOLDER/rank-RANK.json.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,6 +60,31 @@ def refusals(rank):
     }
 
 
+def resume(rank):
+    """Weights at the end of a run that saves on each node, and of the same run resumed from the middle."""
+
+    def run(*arguments):
+        run_main(
+            "--output_dir",
+            "disk",
+            "--do_train",
+            "--max_steps",
+            4,
+            "--save_steps",
+            2,
+            "--save_on_each_node",
+            *arguments,
+        )
+        dist.barrier()
+        return hashlib.sha256(Path("disk/model.safetensors").read_bytes()).hexdigest()
+
+    undisturbed = run()
+    if rank % 2 == 0:
+        shutil.rmtree("disk/checkpoint-4")
+    dist.barrier()
+    return [undisturbed, run("--resume_from_checkpoint", "true")]
+
+
 def failing(name, ranks):
     """Make run_clm's function of that name raise an OSError in the processes `ranks`."""
     function = getattr(run_clm, name)
@@ -105,7 +132,7 @@ def main(folder, model):
     work = folder / f"node-{rank // 2}"
     work.mkdir(exist_ok=True)
     os.chdir(work)
-    results = {"evaluations": evaluate(model), "refusals": refusals(rank)}
+    results = {"evaluations": evaluate(model), "refusals": refusals(rank), "resumed": resume(rank)}
     for name in ("load_texts", "train_bpe"):
         restore = failing(name, ranks=[3] if name == "load_texts" else [0])
         results["refusals"][f"{name} fails"] = attempt("--output_dir", "out")

@@ -301,3 +301,8 @@ def test_data_are_prepared_once_on_a_shared_disk_and_once_a_node_on_separate_one
 def test_results_are_written_by_the_first_process_alone(two_by_two):
     assert two_by_two[0]["files"] == ["evaluated/all_results.json", "evaluated/eval_results.json"]
     assert two_by_two[2]["files"] == []  # node 1 has a folder of its own
+
+
+def test_nodes_with_disks_of_their_own_resume_what_each_has_saved(two_by_two):
+    hashes = {digest for results in two_by_two for digest in results["resumed"]}
+    assert len(hashes) == 1  # on both nodes, resumed or not

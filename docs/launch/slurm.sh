@@ -13,7 +13,7 @@ set -euo pipefail
 
 CONFIG=${CONFIG:-docs/launch/ddp_2x8.yaml}
 GPUS=${GPUS:-8}
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / GPUS))
 
 # One launcher a node. SLURM_NODEID differs between them, so it is the inner shell that reads it; that a node fails ends
@@ -22,4 +22,4 @@ srun --kill-on-bad-exit=1 bash -c '
     config=$1 processes=$2 address=$3; shift 3
     exec accelerate launch --config_file "$config" --num_machines "$SLURM_NNODES" --num_processes "$processes" \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$address" --main_process_port 29500 run_clm.py "$@"
-' launch "$CONFIG" $((SLURM_NNODES * GPUS)) "$MAIN_ADDRESS" "$@"
+' launch "$CONFIG" $((SLURM_NNODES * GPUS)) "${HOSTS%%$'\n'*}" "$@"
