@@ -138,8 +138,8 @@ def test_many_workers_may_read_a_stream_that_is_not_split(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.txt").write_text("one")
     streaming = "--streaming --max_steps 1 --dataloader_num_workers 2 --train_file here.txt --output_dir out"
-    model_args, data_args, _, training_args = parse(*streaming.split(), *options.split())
-    run_clm.check_arguments(model_args, data_args, training_args)
+    model_args, data_args, run_args, training_args = parse(*streaming.split(), *options.split())
+    run_clm.check_arguments(model_args, data_args, run_args, training_args)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(trained, tmp_path):
