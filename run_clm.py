@@ -9,6 +9,7 @@ docs/run_clm.md describes every argument.
 """
 
 import difflib
+import importlib.util
 import json
 import logging
 import re
@@ -42,10 +43,13 @@ from hf_mars.corpus import (
     UsageError,
     collate_blocks,
     file_format,
+    is_token_bin,
     load_texts,
+    load_token_bins,
     train_bpe,
 )
-from hf_mars.metrics import ComputeNextTokenAccuracy, most_likely_tokens, perplexity
+from hf_mars.metrics import ComputeLanguageModelMetrics, losses_and_tokens
+from hf_mars.processes import all_or_none, check_same, main_processes_first
 
 logger = logging.getLogger("run_clm")
 
@@ -104,6 +108,26 @@ class ModelArguments:
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention: eager, sdpa, flash_attention_2, flex_attention, …; if not given, the model's."},
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Train LoRA adapters of this rank instead of the model's own weights."}
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scale of the adapters times their rank (peft's default if not given)."}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout before the adapters (0 if not given)."}
+    )
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to adapt: names with commas between them, or all-linear; if not given, peft's choice for "
+            "the model's type."
+        },
+    )
 
     @property
     def is_pretrained(self) -> bool:
@@ -121,9 +145,19 @@ class DataTrainingArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a folder of one."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Training text: a txt, csv, json, jsonl or parquet file, or a glob pattern."}
+        default=None,
+        metadata={
+            "help": "Training text: a txt, csv, json, jsonl or parquet file, or a glob pattern; or tokens: a bin file "
+            "of uint16, as nanoGPT writes it."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Validation text, as for train_file."})
+    text_column: str | None = field(
+        default=None, metadata={"help": 'Column of the text; if not given, "text", else the first of strings.'}
+    )
+    append_eos: bool = field(
+        default=False, metadata={"help": "End each document with the tokenizer's end-of-text token."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many blocks only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many blocks only."})
     streaming: bool = field(
@@ -146,6 +180,11 @@ class DataTrainingArguments:
         default=True, metadata={"help": "Keep the line breaks of txt files; otherwise they become spaces."}
     )
 
+    @property
+    def are_tokens(self) -> bool:
+        """Whether the data are token files instead of texts."""
+        return is_token_bin(self.train_file or self.validation_file)
+
 
 @dataclass
 class RunArguments:
@@ -158,22 +197,34 @@ class RunArguments:
     sample_prompt: str | None = field(
         default=None, metadata={"help": "At the end, print how the model continues this text."}
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks in an update, over all processes: sets gradient_accumulation_steps from "
+            "per_device_train_batch_size and the number of processes."
+        },
+    )
 
 
 def parse_arguments(argv: list[str]):
     """(ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments) from the command line.
 
-    A first argument that ends in .json, .yaml or .yml is a file of arguments; those on the command line come on top.
+    A first argument that ends in .json, .yaml or .yml is a file of arguments; those on the command line come on top,
+    and files of text or tokens there take the place of a data set in the file.
     Training and evaluation are both on unless do_train or do_eval says otherwise.
     """
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        argv = arguments_of_file(argv[0]) + argv[1:]
+        values, argv = values_of_file(Path(argv[0])), argv[1:]
+        if any(argument.startswith(("--train_file", "--validation_file")) for argument in argv):
+            for name in ("dataset_name", "dataset_config_name"):
+                values.pop(name, None)
+        argv = arguments_of(values) + argv
     parser = HfArgumentParser(
         (ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments),
         description=__doc__.split("\n")[0] + " Does both training and evaluation unless do_train or do_eval is given.",
     )
-    # None tells "not given" from "false", which TrainingArguments cannot.
-    parser.set_defaults(do_train=None, do_eval=None)
+    # None tells "not given" from "false", which TrainingArguments cannot. A job has one log, not one a node.
+    parser.set_defaults(do_train=None, do_eval=None, log_on_each_node=False)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
@@ -193,15 +244,29 @@ def parse_arguments(argv: list[str]):
     return parsed
 
 
-def arguments_of_file(path: str) -> list[str]:
-    """The command line that a json or yaml file of arguments stands for."""
+def values_of_file(path: Path) -> dict:
+    """The arguments in a json or yaml file, on top of those of the files that its key `include` lists.
+
+    Included files are named relative to the file; of two, the later one counts.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read as a file of arguments: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: must hold one mapping of argument names to values, not a {type(values).__name__}")
+    included = values.pop("include", [])
+    if not isinstance(included, list):
+        raise UsageError(f"{path}: include: {included!r}: must be a list of files")
+    merged = {}
+    for name in included:
+        merged.update(values_of_file(path.parent / name))
+    return merged | values
+
+
+def arguments_of(values: dict) -> list[str]:
+    """The command line that a mapping of argument names to values stands for."""
     argv = []
     for name, value in values.items():
         if isinstance(value, list):
@@ -211,10 +276,44 @@ def arguments_of_file(path: str) -> list[str]:
     return argv
 
 
-def check_arguments(model_args, data_args, training_args) -> None:
+def set_accumulation(global_batch_size: int, training_args) -> None:
+    """Set gradient_accumulation_steps so that an update takes global_batch_size blocks.
+
+    Raises:
+        UsageError: that is no whole number of steps, or the number of steps is given already.
+    """
+    argument = f"--global_batch_size {global_batch_size}"
+    if training_args.gradient_accumulation_steps != 1:
+        raise UsageError(
+            f"{argument}: sets --gradient_accumulation_steps, which is given as "
+            f"{training_args.gradient_accumulation_steps}; drop one of the two"
+        )
+    if training_args.deepspeed is not None:
+        # The file has been filled in with the number of steps when TrainingArguments were made.
+        raise UsageError(
+            f"{argument}: give --gradient_accumulation_steps with --deepspeed {training_args.deepspeed}, or start "
+            "with accelerate launch and its own DeepSpeed configuration"
+        )
+    blocks = training_args.train_batch_size * training_args.world_size
+    if global_batch_size < 1 or global_batch_size % blocks:
+        raise UsageError(
+            f"{argument}: must be a multiple of {blocks}, --per_device_train_batch_size "
+            f"{training_args.per_device_train_batch_size} on {blocks // training_args.per_device_train_batch_size} "
+            "device(s)"
+        )
+    training_args.gradient_accumulation_steps = global_batch_size // blocks
+
+
+def check_arguments(model_args, data_args, run_args, training_args) -> None:
     """Raise UsageError for whatever cannot work, as far as that shows before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval):
         raise UsageError("--do_train false --do_eval false: there is nothing to do; set one of them to true")
+
+    if training_args.prediction_loss_only:
+        raise UsageError(
+            "--prediction_loss_only true: loss, perplexity and accuracy are computed from the logits; drop it "
+            "(they are summed batch by batch, so it would save no memory)"
+        )
 
     if training_args.eval_on_start and not training_args.do_eval:
         raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")
@@ -245,6 +344,7 @@ def check_arguments(model_args, data_args, training_args) -> None:
             f"{'--tokenizer_name' if model_args.tokenizer_name else '--model_name_or_path'} brings one; drop it"
         )
 
+    check_lora(model_args)
     for name, smallest in (
         ("block_size", 2),
         ("max_train_samples", 1),
@@ -261,11 +361,14 @@ def check_arguments(model_args, data_args, training_args) -> None:
 
     for name in ("train_file", "validation_file"):
         if path := getattr(data_args, name):
-            file_format(path, f"--{name}")
+            if not is_token_bin(path):
+                file_format(path, f"--{name}")
             if data_args.dataset_name is not None:
                 raise UsageError(
                     f"--{name} {path}: give either files or --dataset_name {data_args.dataset_name}, not both"
                 )
+    if data_args.are_tokens:
+        check_token_bins(model_args, data_args, run_args)
     has_validation = data_args.dataset_name is not None or data_args.validation_file is not None
     if data_args.validation_file is not None and data_args.train_file is None and training_args.do_train:
         raise UsageError(
@@ -290,6 +393,46 @@ def check_arguments(model_args, data_args, training_args) -> None:
                 f"--dataloader_num_workers {training_args.dataloader_num_workers}: a stream is split into training "
                 "and validation rows by one worker; use at most 1, or --validation_split_percentage 0"
             )
+
+
+def check_lora(model_args) -> None:
+    """Raise UsageError where the LoRA arguments cannot work; without them peft need not be installed."""
+    if model_args.lora_r is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if (value := getattr(model_args, name)) is not None:
+                raise UsageError(f"--{name} {value}: needs --lora_r, the rank of the adapters")
+        return
+    if model_args.lora_r < 1:
+        raise UsageError(f"--lora_r {model_args.lora_r}: must be at least 1")
+    if model_args.lora_dropout is not None and not 0 <= model_args.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout {model_args.lora_dropout}: must be in [0, 1)")
+    if not model_args.is_pretrained:
+        raise UsageError(
+            f"--lora_r {model_args.lora_r}: adapts a pretrained model; give --model_name_or_path, "
+            "since the random weights of a new model would stay as they are"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"--lora_r {model_args.lora_r}: needs the package peft: pip install peft")
+
+
+def check_token_bins(model_args, data_args, run_args) -> None:
+    """Raise UsageError for arguments that do not go with token files."""
+    for name in ("train_file", "validation_file"):
+        path = getattr(data_args, name)
+        if path is not None and not is_token_bin(path):
+            raise UsageError(f"--{name} {path}: both files must hold tokens (.bin), or both texts")
+    for arguments, name, reason in (
+        (data_args, "streaming", "token files are not read as a whole in any case"),
+        (data_args, "append_eos", "the documents in token files have their ends already"),
+        (data_args, "text_column", "token files have no columns"),
+        (model_args, "vocab_size", "no tokenizer is trained for token files; say --config_overrides vocab_size=…"),
+    ):
+        if value := getattr(arguments, name):
+            raise UsageError(f"--{name} {value}: {reason}; drop it")
+    if run_args.sample_prompt is not None and model_args.trains_tokenizer:
+        raise UsageError(
+            f"--sample_prompt {run_args.sample_prompt}: needs the tokenizer of the token files; give --tokenizer_name"
+        )
 
 
 # ---- output folder ----
@@ -330,7 +473,7 @@ def checkpoint_to_resume(training_args, run_args) -> str | None:
                 f"--resume_from_checkpoint {asked}: there is no complete checkpoint in --output_dir {output_dir}; "
                 "with auto the run would start anew"
             )
-        if checkpoint is None and "config.json" in content:
+        if checkpoint is None and {"config.json", "adapter_config.json"} & set(content):
             raise UsageError(
                 f"--resume_from_checkpoint {asked}: --output_dir {output_dir} holds a finished model but no complete "
                 "checkpoint; replace the model with --overwrite_output_dir, or choose another folder"
@@ -442,10 +585,10 @@ def choose_block_size(block_size: int | None, config) -> int:
     return block_size
 
 
-def load_tokenizer(model_args, checkpoint: str | None):
-    """The tokenizer that is named, or that a resumed run trained; None if one is to be trained."""
+def load_tokenizer(model_args, data_args, checkpoint: str | None):
+    """The tokenizer that is named, or that a resumed run trained; None if one is to be trained, or not needed."""
     if model_args.trains_tokenizer:
-        return AutoTokenizer.from_pretrained(checkpoint) if checkpoint else None
+        return AutoTokenizer.from_pretrained(checkpoint) if checkpoint and not data_args.are_tokens else None
     argument = "tokenizer_name" if model_args.tokenizer_name else "model_name_or_path"
     name = getattr(model_args, argument)
     revision = {} if model_args.tokenizer_name else {"revision": model_args.model_revision}
@@ -464,8 +607,9 @@ def load_tokenizer(model_args, checkpoint: str | None):
 def train_tokenizer(texts, vocab_size: int, block_size: int, show_progress: bool):
     """A byte-level BPE trained on the main process and sent to the others."""
     trained = [None]
-    if PartialState().is_main_process:
-        trained = [train_bpe(texts, vocab_size, show_progress=show_progress).to_str()]
+    with all_or_none():
+        if PartialState().is_main_process:
+            trained = [train_bpe(texts, vocab_size, show_progress=show_progress).to_str()]
     broadcast_object_list(trained)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trained[0]),
@@ -498,39 +642,59 @@ def fit_vocabulary(config, tokenizer, model_args) -> None:
 
 def load_model(config, model_args):
     """The pretrained model, or a new one with random weights."""
-    dtype = {} if model_args.dtype is None else {"dtype": model_args.dtype}
-    if model_args.is_pretrained:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_args.model_name_or_path,
-            config=config,
-            revision=model_args.model_revision,
-            **dtype,
-            **hub_options(model_args),
-        )
-    else:
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=model_args.trust_remote_code, **({} if model_args.dtype == "auto" else dtype)
-        )
+    options = {} if model_args.dtype is None else {"dtype": model_args.dtype}
+    if model_args.attn_implementation is not None:
+        options["attn_implementation"] = model_args.attn_implementation
+    try:
+        if model_args.is_pretrained:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_args.model_name_or_path,
+                config=config,
+                revision=model_args.model_revision,
+                **options,
+                **hub_options(model_args),
+            )
+        else:
+            if model_args.dtype == "auto":
+                del options["dtype"]
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
+    except (ImportError, ValueError) as error:
+        if model_args.attn_implementation is None:
+            raise
+        raise UsageError(f"--attn_implementation {model_args.attn_implementation}: {error}") from error
     if model.loss_type is None:
         # transformers derives this from the class's name, and GPT2LMHeadModel says nothing. Trainer would then divide
         # by all labels although the first of each block is no target: losses too small by 1/block_size.
         model.loss_type = "ForCausalLM"
     kind = "fine-tuning" if model_args.is_pretrained else "new model"
     logger.info(f"{kind}: {type(model).__name__} with {model.num_parameters():,} parameters in {model.dtype}")
+    return model if model_args.lora_r is None else add_adapters(model, model_args)
+
+
+def add_adapters(model, model_args):
+    """The model with LoRA adapters, which alone are trained and saved."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = model_args.lora_target_modules
+    scale = {} if model_args.lora_alpha is None else {"lora_alpha": model_args.lora_alpha}
+    config = LoraConfig(
+        r=model_args.lora_r,
+        lora_dropout=model_args.lora_dropout or 0.0,
+        target_modules=modules if modules in (None, "all-linear") else modules.split(","),
+        task_type="CAUSAL_LM",
+        **scale,
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:  # no such modules, or no choice of peft's for this model
+        raise UsageError(f"--lora_target_modules {modules}: {error}") from error
+    trained, total = model.get_nb_trainable_parameters()
+    adapted = ", ".join(sorted(model.active_peft_config.target_modules))
+    logger.info(f"LoRA: {trained:,} of {total:,} parameters are trained, the adapters of {adapted}")
     return model
 
 
 # ---- training ----
-
-
-class CausalLMTrainer(MarsTrainer):
-    """MarsTrainer that reports perplexity at every evaluation."""
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if (loss := output.metrics.get(f"{metric_key_prefix}_loss")) is not None:
-            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity(loss)
-        return output
 
 
 def set_up_logging(training_args) -> None:
@@ -547,39 +711,49 @@ def set_up_logging(training_args) -> None:
 
 
 def load_blocks(texts, tokenizer, block_size: int, data_args, training_args):
-    """(training blocks or None, validation blocks or None), as far as they are to be used."""
+    """(training blocks or None, validation blocks or None), as far as they are to be used.
+
+    Args:
+        texts: what load_texts or load_token_bins returned.
+        tokenizer: not used for the latter, and may be None.
+    """
     train_blocks = eval_blocks = None
-    options = {"num_proc": data_args.preprocessing_num_workers, "overwrite_cache": data_args.overwrite_cache}
-    with training_args.main_process_first(desc="tokenising"):
+    options = {
+        "num_proc": data_args.preprocessing_num_workers,
+        # The first process of a node tokenises; the others take what it wrote.
+        "overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0,
+    }
+
+    def stored_blocks(split: str, max_blocks: int | None) -> TokenBlocks:
+        if data_args.are_tokens:
+            return TokenBlocks(texts[split], block_size, max_blocks)
+        return TokenBlocks.from_texts(
+            texts[split],
+            tokenizer,
+            block_size,
+            max_blocks=max_blocks,
+            description=f"Tokenising the {split} text",
+            **options,
+        )
+
+    with all_or_none(), main_processes_first(training_args, desc="tokenising"):
         if training_args.do_train and data_args.streaming:
             train_blocks = TokenStream(texts["train"], tokenizer, block_size, data_args.max_train_samples)
             if next(iter(train_blocks), None) is None:
                 raise UsageError(f"--block_size {block_size}: the training text has fewer tokens than that")
         elif training_args.do_train:
-            train_blocks = TokenBlocks.from_texts(
-                texts["train"],
-                tokenizer,
-                block_size,
-                max_blocks=data_args.max_train_samples,
-                description="Tokenising the training text",
-                **options,
-            )
+            train_blocks = stored_blocks("train", data_args.max_train_samples)
         if training_args.do_eval:
-            eval_blocks = TokenBlocks.from_texts(
-                texts["validation"],
-                tokenizer,
-                block_size,
-                max_blocks=data_args.max_eval_samples,
-                description="Tokenising the validation text",
-                **options,
-            )
+            eval_blocks = stored_blocks("validation", data_args.max_eval_samples)
     for name, blocks in (("training", train_blocks), ("validation", eval_blocks)):
         if isinstance(blocks, TokenBlocks):
+            check_same(blocks.total_tokens, f"the number of tokens of the {name} text")
             if len(blocks) == 0:
                 raise UsageError(
                     f"--block_size {block_size}: the {name} text has only {blocks.total_tokens} tokens; "
                     f"allowed: 2 to {blocks.total_tokens}"
                 )
+            blocks[0]  # finds tokens of another vocabulary before a model is made
             rest = f"; {blocks.dropped_tokens} tokens after the last complete block are not used"
             logger.info(
                 f"{name}: {blocks.total_tokens:,} tokens, {len(blocks):,} blocks of {block_size}"
@@ -634,67 +808,86 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     model_args, data_args, run_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
     set_up_logging(training_args)
-    check_arguments(model_args, data_args, training_args)
     checkpoint, stale = None, []
-    if training_args.do_train:
-        checkpoint = checkpoint_to_resume(training_args, run_args)
-        if run_args.overwrite_output_dir:
-            sources = [model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name]
-            stale = files_of_previous_run(Path(training_args.output_dir), sources)
     # No process may write to output_dir before every process has looked at it.
-    PartialState().wait_for_everyone()
+    with all_or_none():
+        check_arguments(model_args, data_args, run_args, training_args)
+        if run_args.global_batch_size is not None:
+            set_accumulation(run_args.global_batch_size, training_args)
+        if training_args.do_train:
+            checkpoint = checkpoint_to_resume(training_args, run_args)
+            if run_args.overwrite_output_dir:
+                sources = [model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name]
+                stale = files_of_previous_run(Path(training_args.output_dir), sources)
+    # Nodes that do not share output_dir may have different checkpoints, or none.
+    name = checkpoint and Path(checkpoint).name
+    check_same(name, f"the checkpoint that --resume_from_checkpoint {training_args.resume_from_checkpoint} finds")
     if checkpoint:
         logger.info(f"resuming from {checkpoint}")
 
-    config = load_config(model_args, data_args.block_size)
-    block_size = choose_block_size(data_args.block_size, config)
-    tokenizer = load_tokenizer(model_args, checkpoint)
-    if tokenizer is not None:
-        fit_vocabulary(config, tokenizer, model_args)
+    with all_or_none():
+        config = load_config(model_args, data_args.block_size)
+        block_size = choose_block_size(data_args.block_size, config)
+        tokenizer = load_tokenizer(model_args, data_args, checkpoint)
+        if tokenizer is not None:
+            fit_vocabulary(config, tokenizer, model_args)
 
-    with training_args.main_process_first(desc="loading the texts"):
-        texts = load_texts(
-            train_file=data_args.train_file,
-            validation_file=data_args.validation_file,
-            dataset_name=data_args.dataset_name,
-            dataset_config_name=data_args.dataset_config_name,
-            streaming=data_args.streaming,
-            validation_split_percentage=data_args.validation_split_percentage,
-            keep_linebreaks=data_args.keep_linebreaks,
-            cache_dir=model_args.cache_dir,
-            token=model_args.token,
-        )
-    if training_args.do_eval and "validation" not in texts:
-        raise UsageError(
-            f"--dataset_name {data_args.dataset_name}: has no validation split; "
-            "give --validation_split_percentage between 1 and 99, or --do_train without --do_eval"
-        )
-    if tokenizer is None:
+    with all_or_none(), main_processes_first(training_args, desc="loading the texts"):
+        files = {
+            "train_file": data_args.train_file,
+            "validation_file": data_args.validation_file,
+            "validation_split_percentage": data_args.validation_split_percentage,
+        }
+        if data_args.are_tokens:
+            texts = load_token_bins(**files, vocab_size=config.get_text_config().vocab_size)
+        else:
+            texts = load_texts(
+                **files,
+                dataset_name=data_args.dataset_name,
+                dataset_config_name=data_args.dataset_config_name,
+                streaming=data_args.streaming,
+                keep_linebreaks=data_args.keep_linebreaks,
+                text_column=data_args.text_column,
+                append_eos=data_args.append_eos,
+                cache_dir=model_args.cache_dir,
+                token=model_args.token,
+            )
+        if training_args.do_eval and "validation" not in texts:
+            raise UsageError(
+                f"--dataset_name {data_args.dataset_name}: has no validation split; "
+                "give --validation_split_percentage between 1 and 99, or --do_train without --do_eval"
+            )
+    if tokenizer is None and not data_args.are_tokens:
         source = texts.get("train") or texts["validation"]
         vocab_size = model_args.vocab_size or DEFAULT_VOCAB_SIZE
         tokenizer = train_tokenizer(source, vocab_size, block_size, show_progress=not training_args.disable_tqdm)
         fit_vocabulary(config, tokenizer, model_args)
+    if data_args.append_eos and tokenizer.eos_token_id is None:
+        raise UsageError("--append_eos true: the tokenizer has no end-of-text token; give another --tokenizer_name")
     train_blocks, eval_blocks = load_blocks(texts, tokenizer, block_size, data_args, training_args)
 
     set_seed(training_args.seed)
     model = load_model(config, model_args)
+    if training_args.save_on_each_node:
+        # transformers 5.23 lets the job's first process alone write weights, whomever Trainer has chosen.
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
 
     if training_args.should_save:
         for path in stale:
             logger.warning(f"--overwrite_output_dir: removing {path}")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    # Accuracy is counted batch by batch: neither logits nor predictions pile up.
+    # Losses and accuracy are summed batch by batch: neither logits nor predictions pile up.
     training_args.batch_eval_metrics = True
-    trainer = CausalLMTrainer(
+    trainer = MarsTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         processing_class=tokenizer,
         data_collator=collate_blocks,
-        compute_metrics=ComputeNextTokenAccuracy(),
-        preprocess_logits_for_metrics=most_likely_tokens,
+        compute_metrics=ComputeLanguageModelMetrics(),
+        preprocess_logits_for_metrics=losses_and_tokens,
     )
     results = {}
     if training_args.do_train:

@@ -5,6 +5,7 @@ import math
 import datasets
 import evaluate
 import numpy as np
+import torch
 
 IGNORED_LABEL = -100
 
@@ -77,35 +78,64 @@ class NextTokenAccuracy(evaluate.Metric):
         return {"accuracy": accuracy}
 
 
-class ComputeNextTokenAccuracy:
-    """`Trainer(compute_metrics=…)` for next-token accuracy, with or without `batch_eval_metrics`.
+class ComputeLanguageModelMetrics:
+    """`Trainer(compute_metrics=…)` for loss, perplexity and next-token accuracy, with or without `batch_eval_metrics`.
 
-    Needs `preprocess_logits_for_metrics=most_likely_tokens`, so that logits never leave their batch.
+    Needs `preprocess_logits_for_metrics=losses_and_tokens`, so that logits never leave their batch. All three are
+    means over the tokens that count. On several processes they are those of one: Trainer repeats sequences to fill the
+    last batch and counts them in its own loss, but leaves them out of what it gathers for this function. The loss goes
+    by Trainer's name for its own and takes its place.
     """
 
     def __init__(self):
         self.metric = NextTokenAccuracy()
+        self._reset()
+
+    def _reset(self):
+        self._loss = 0.0
+        self._tokens = 0
 
     def __call__(self, prediction, compute_result=True):
-        """prediction: a transformers `EvalPrediction` of token ids and labels, both (sequences, length)."""
-        self.metric.add_batch(
-            predictions=_to_numpy(prediction.predictions), references=_to_numpy(prediction.label_ids)
-        )
-        return self.metric.compute() if compute_result else {}
+        """prediction: a transformers `EvalPrediction` of what losses_and_tokens returned and labels.
+
+        Returns:
+            {"loss": mean cross entropy in nats a token, "perplexity": float, "accuracy": float}, over all calls since
+            the last with a result; {} where compute_result is False.
+        """
+        losses, tokens = map(_to_numpy, prediction.predictions)
+        labels = _to_numpy(prediction.label_ids)
+        self.metric.add_batch(predictions=tokens, references=labels)
+        self._loss += float(losses.sum(dtype=np.float64))
+        self._tokens += int(np.count_nonzero(labels[:, 1:] != IGNORED_LABEL))
+        if not compute_result:
+            return {}
+        loss = self._loss / self._tokens if self._tokens else math.nan
+        self._reset()
+        return {"loss": loss, "perplexity": perplexity(loss), **self.metric.compute()}
 
 
 def _to_numpy(array):
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
 
-def most_likely_tokens(logits, labels):
-    """Token ids of shape (sequences, length) from logits of shape (sequences, length, vocabulary).
+def losses_and_tokens(logits, labels):
+    """What evaluation needs of the logits of a batch, row by row, so that rows can be gathered and left out.
 
-    Some models return more than logits; these come first in the tuple.
+    Args:
+        logits: shape (sequences, length, vocabulary). Some models return more; these come first in the tuple.
+        labels: int64, shape (sequences, length); position i is predicted by the logits before it, -100 does not count.
+
+    Returns:
+        The summed cross entropy of each sequence in nats, float32 of shape (sequences,), and the most likely token
+        after each position, int64 of shape (sequences, length).
     """
     if isinstance(logits, tuple):
         logits = logits[0]
-    return logits.argmax(dim=-1)
+    losses = [  # one by one: float32 logits of a whole batch would be the largest tensor of the evaluation
+        torch.nn.functional.cross_entropy(row[:-1].float(), targets[1:], ignore_index=IGNORED_LABEL, reduction="sum")
+        for row, targets in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(losses), logits.argmax(dim=-1)
 
 
 def perplexity(loss):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +25,7 @@ class CharacterTokenizer:
     """One token a character, its code point plus one; token 0 begins a text when special tokens are asked for."""
 
     is_fast = False
+    eos_token_id = 255
 
     def __len__(self):
         return 2**8
@@ -55,6 +57,12 @@ def write_documents(path, documents=DOCUMENTS, column="text"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".parquet":
         datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+def write_token_bin(path, tokens):
+    """A token file as nanoGPT writes it."""
+    np.asarray(tokens, dtype=np.uint16).tofile(path)
     return path
 
 

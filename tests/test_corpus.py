@@ -9,12 +9,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from clm_helpers import DOCUMENTS, ROOT, CharacterTokenizer, write_documents
+from clm_helpers import DOCUMENTS, ROOT, CharacterTokenizer, write_documents, write_token_bin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_mars import corpus
-from hf_mars.corpus import Texts, TokenBlocks, TokenStream, UsageError, load_texts, train_bpe
+from hf_mars.corpus import Texts, TokenBlocks, TokenStream, UsageError, load_texts, load_token_bins, train_bpe
 
 
 @pytest.fixture
@@ -74,6 +74,16 @@ def test_the_text_column_is_text_or_else_the_first_of_strings(load, tmp_path, st
         path = write_documents(tmp_path / f"{column}.jsonl", ["x", "y"], column)
         splits = load(train_file=str(path), streaming=streaming, validation_split_percentage=0)
         assert content(splits["train"]) == "xy"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_named_column_is_the_text(load, tmp_path, streaming):
+    path = write_documents(tmp_path / "a.jsonl", ["x", "y"])
+    options = {"train_file": str(path), "streaming": streaming, "validation_split_percentage": 0}
+    assert content(load(**options, text_column="other")["train"]) == "nono"
+    for column in ("body", "number"):
+        with pytest.raises(UsageError, match=f"--text_column {column}: .* only text, other"):
+            load(**options, text_column=column)
 
 
 def test_words_that_pandas_takes_for_missing_stay(load, tmp_path):
@@ -245,6 +255,73 @@ def test_a_stream_gives_the_blocks_of_the_file(load, tmp_path, name):
     assert len(in_memory) == 10 and np.array_equal(all_tokens(in_memory), all_tokens(stored)[: 10 * 64])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_end_with_one_eos_token(load, tmp_path, streaming):
+    path = write_documents(tmp_path / "a.jsonl", ["ab", "c" + chr(254), "de"])  # the second ends with eos by itself
+    options = {"train_file": str(path), "streaming": streaming, "validation_split_percentage": 0}
+    tokens = all_tokens(TokenBlocks.from_texts(load(**options, append_eos=True)["train"], CharacterTokenizer(), 1))
+    a, c, d = (1 + ord(character) for character in "acd")
+    assert tokens.tolist() == [0, a, a + 1, 255, 0, c, 255, 0, d, d + 1, 255]
+    assert 255 not in all_tokens(TokenBlocks.from_texts(load(**options)["train"], CharacterTokenizer(), 1))[:3]
+
+
+def test_lines_of_a_text_have_no_document_ends(load, tmp_path):
+    path = write_documents(tmp_path / "a.txt")
+    with pytest.raises(UsageError, match="--append_eos: the lines of a txt file are one running text"):
+        load(train_file=str(path), append_eos=True)
+
+
+def test_many_lines_give_the_tokens_of_one_text(load, tmp_path):
+    path = write_documents(tmp_path / "a.txt", [f"line {i}" for i in range(corpus.ROWS_PER_BATCH * 18 + 7)])
+    texts = load(train_file=str(path), validation_split_percentage=0)["train"]
+    tokens = all_tokens(TokenBlocks.from_texts(texts, CharacterTokenizer(), 1))
+    assert CharacterTokenizer().decode(tokens) == path.read_text()
+
+
+# ---- token files ----
+
+
+def test_token_files_are_blocks_without_being_read(tmp_path):
+    train = write_token_bin(tmp_path / "train.bin", range(1000))
+    validation = write_token_bin(tmp_path / "val.bin", range(50, 70))
+    splits = load_token_bins(str(train), str(validation), 5, vocab_size=2000)
+    blocks = TokenBlocks(splits["train"], 64)
+    assert all(isinstance(chunk, np.memmap) for chunk in blocks._chunks)
+    assert (len(blocks), blocks.total_tokens, blocks.dropped_tokens) == (15, 1000, 40)
+    assert all_tokens(blocks).tolist() == list(range(960))
+    assert all_tokens(TokenBlocks(splits["validation"], 4, max_blocks=2)).tolist() == list(range(50, 58))
+    pickled = pickle.dumps(blocks)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled)[14]["input_ids"], blocks[14]["input_ids"])
+
+
+@pytest.mark.parametrize("percentage", [1, 30, 99])
+def test_the_tail_of_token_files_is_held_out(tmp_path, percentage):
+    for i, tokens in enumerate([range(100), range(100, 110), range(110, 200)]):
+        write_token_bin(tmp_path / f"{i}.bin", tokens)
+    splits = load_token_bins(str(tmp_path / "*.bin"), None, percentage, vocab_size=200)
+    train, validation = (all_tokens(TokenBlocks(splits[name], 1)).tolist() for name in ("train", "validation"))
+    assert train + validation == list(range(200))
+    assert len(validation) == 200 * percentage // 100
+
+
+def test_token_files_of_another_kind(tmp_path):
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    (tmp_path / "empty.bin").touch()
+    for name, message in {
+        "odd": "3 bytes are no tokens",
+        "empty": "0 bytes are no tokens",
+        "gone": "there is no such file",
+    }.items():
+        with pytest.raises(UsageError, match=rf"--train_file .*{name}.bin: {message}"):
+            load_token_bins(str(tmp_path / f"{name}.bin"), None, 0, vocab_size=10)
+    path = write_token_bin(tmp_path / "a.bin", [1, 2, 10])
+    blocks = TokenBlocks(load_token_bins(str(path), None, 0, vocab_size=10)["train"], 1)
+    assert blocks[1]["input_ids"].tolist() == [2]
+    with pytest.raises(UsageError, match=r"a\.bin: holds token id 10, but the model's embedding has 10 rows"):
+        blocks[2]
+
+
 def test_workers_share_out_a_stream(load, tmp_path):
     for i in range(2):
         write_documents(tmp_path / f"{i}.jsonl", [chr(ord("a") + i) * 63] * 40)
@@ -261,9 +338,9 @@ def test_tokens_are_reused_until_text_or_tokenizer_changes(load, tmp_path, monke
     tokenize = corpus.tokenize
     monkeypatch.setattr(corpus, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
 
-    def tokenized_anew(tokenizer=None, block_size=4, **options):
+    def tokenized_anew(tokenizer=None, block_size=4, append_eos=False, **options):
         calls.clear()
-        texts = load(train_file=str(path), validation_split_percentage=0)["train"]
+        texts = load(train_file=str(path), validation_split_percentage=0, append_eos=append_eos)["train"]
         TokenBlocks.from_texts(texts, tokenizer or CharacterTokenizer(), block_size, **options)
         return bool(calls)
 
@@ -273,6 +350,9 @@ def test_tokens_are_reused_until_text_or_tokenizer_changes(load, tmp_path, monke
     assert tokenized_anew()
     assert not tokenized_anew()
     assert not tokenized_anew(block_size=8)
+    assert not tokenized_anew(num_proc=2)
+    assert tokenized_anew(append_eos=True)
+    assert not tokenized_anew(append_eos=True)
     assert tokenized_anew(overwrite_cache=True)
     assert tokenized_anew(tokenizer=OtherTokenizer())
     write_documents(path, ["abcd"] * 10)

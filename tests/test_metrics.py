@@ -9,9 +9,9 @@ import torch
 
 from hf_mars.metrics import (
     IGNORED_LABEL,
-    ComputeNextTokenAccuracy,
+    ComputeLanguageModelMetrics,
     NextTokenAccuracy,
-    most_likely_tokens,
+    losses_and_tokens,
     perplexity,
 )
 
@@ -84,26 +84,28 @@ def test_two_million_tokens_take_no_time_and_no_file(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_compute_metrics_batch_by_batch_and_at_once():
-    class Prediction:
-        def __init__(self, predictions, label_ids):
-            self.predictions, self.label_ids = predictions, label_ids
-
-    predictions, labels = make_batch()
-    compute = ComputeNextTokenAccuracy()
-    assert compute(Prediction(torch.tensor(predictions[:4]), torch.tensor(labels[:4])), compute_result=False) == {}
-    by_batch = compute(Prediction(torch.tensor(predictions[4:]), torch.tensor(labels[4:])), compute_result=True)
-    assert (
-        by_batch
-        == compute(Prediction(predictions, labels))
-        == {"accuracy": accuracy_by_definition(predictions, labels)}
-    )
+class Prediction:
+    def __init__(self, predictions, label_ids):
+        self.predictions, self.label_ids = predictions, label_ids
 
 
 @pytest.mark.parametrize("wrap", [lambda logits: logits, lambda logits: (logits, None)], ids=["logits", "tuple"])
-def test_most_likely_tokens(wrap):
-    logits = torch.tensor([[[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]]])
-    assert most_likely_tokens(wrap(logits), None).tolist() == [[1, 0]]
+def test_compute_metrics_batch_by_batch_and_at_once(wrap):
+    """Against torch's mean over all tokens, with sequences of which different numbers of tokens count."""
+    logits = torch.randn(6, 9, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor(make_batch()[1])
+    expected_loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected_accuracy = accuracy_by_definition(logits.argmax(-1).tolist(), labels.tolist())
+    compute = ComputeLanguageModelMetrics()
+
+    def prediction(rows):
+        return Prediction(losses_and_tokens(wrap(logits[rows]), labels[rows]), labels[rows])
+
+    assert compute(prediction(slice(4)), compute_result=False) == {}
+    for result in (compute(prediction(slice(4, 6))), compute(prediction(slice(6)))):  # by batch, then at once
+        assert result["loss"] == pytest.approx(expected_loss.item(), rel=1e-6)
+        assert result["perplexity"] == math.exp(result["loss"])
+        assert result["accuracy"] == expected_accuracy
 
 
 @pytest.mark.parametrize("loss, expected", [(0.0, 1.0), (2.0, math.e**2), (1e4, math.inf), (math.inf, math.inf)])

@@ -3,12 +3,24 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
 import yaml
-from clm_helpers import DOCUMENTS, TINY_MODEL, log_history, run_clm, run_main, run_script, write_documents
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from clm_helpers import (
+    DOCUMENTS,
+    QUIET,
+    ROOT,
+    TINY_MODEL,
+    log_history,
+    run_clm,
+    run_main,
+    run_script,
+    write_documents,
+    write_token_bin,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 from hf_mars.corpus import UsageError
 
@@ -70,6 +82,52 @@ def test_a_file_of_arguments_and_the_command_line_on_top(tmp_path, suffix):
     assert training_args.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+def test_a_file_of_arguments_includes_others(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a.yaml").write_text("max_steps: 1\nseed: 1\noutput_dir: a")
+    (tmp_path / "parts" / "b.json").write_text('{"seed": 2, "logging_steps": 2, "output_dir": "b"}')
+    (tmp_path / "c.yaml").write_text("include: [parts/a.yaml, parts/b.json]\noutput_dir: c")
+    training_args = parse(tmp_path / "c.yaml")[-1]
+    assert (training_args.max_steps, training_args.seed, training_args.logging_steps) == (1, 2, 2)
+    assert training_args.output_dir == "c"
+    (tmp_path / "c.yaml").write_text("include: parts/a.yaml")
+    with pytest.raises(UsageError, match=r"include: 'parts/a\.yaml': must be a list"):
+        parse(tmp_path / "c.yaml")
+
+
+def test_files_on_the_command_line_replace_a_data_set_in_the_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("dataset_name: d\ndataset_config_name: c\noutput_dir: x")
+    assert parse(path)[1].dataset_name == "d"
+    data_args = parse(path, "--train_file", "train.bin")[1]
+    assert (data_args.dataset_name, data_args.dataset_config_name, data_args.train_file) == (None, None, "train.bin")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ("--global_batch_size 24", 3),
+        ("--global_batch_size 8", 1),
+        ("--global_batch_size 20", UsageError("--global_batch_size 20: must be a multiple of 8")),
+        ("--global_batch_size 0", UsageError("--global_batch_size 0: must be a multiple of 8")),
+        (
+            "--global_batch_size 24 --gradient_accumulation_steps 2",
+            UsageError("--global_batch_size 24: sets --gradient_accumulation_steps, which is given as 2"),
+        ),
+    ],
+)
+def test_the_global_batch_sets_the_accumulation(monkeypatch, options, expected):
+    *_, run_args, training_args = parse("--output_dir", "x", "--per_device_train_batch_size", 4, *options.split())
+    monkeypatch.setattr(type(training_args), "world_size", 2)
+    monkeypatch.setattr(type(training_args), "n_gpu", 1)
+    if isinstance(expected, UsageError):
+        with pytest.raises(UsageError, match=str(expected)):
+            run_clm.set_accumulation(run_args.global_batch_size, training_args)
+    else:
+        run_clm.set_accumulation(run_args.global_batch_size, training_args)
+        assert training_args.gradient_accumulation_steps == expected
+
+
 @pytest.mark.parametrize("text", ["- a list", "{unclosed", None])
 def test_a_file_that_holds_no_arguments(tmp_path, text):
     path = tmp_path / "arguments.yaml"
@@ -115,8 +173,31 @@ REFUSED = {
     "--streaming": "--streaming needs --max_steps, a positive number, not -1",
     "--streaming --max_steps 1 --dataloader_num_workers 2": "--dataloader_num_workers 2: .*at most 1",
     "--streaming --max_steps 1 --train_file two.txt --validation_file two.txt": "--block_size 128: .*fewer tokens",
+    "--config_name untyped.json": "--config_name untyped.json: no model configuration there: .*model_type",
+    "--dataset_name folder --validation_split_percentage 0": "--dataset_name folder: has no validation split",
+    "--attn_implementation nosuch": "--attn_implementation nosuch: .*eager",
+    "--text_column body --train_file two.jsonl": "--text_column body: --train_file two.jsonl has no such column",
+    "--append_eos": "--append_eos: the lines of a txt file",
+    "--lora_r 4": "--lora_r 4: adapts a pretrained model; give --model_name_or_path",
+    "--lora_r 0": "--lora_r 0: must be at least 1",
+    "--lora_r 4 --lora_dropout 1": r"--lora_dropout 1.0: must be in \[0, 1\)",
+    "--lora_alpha 4": "--lora_alpha 4: needs --lora_r",
+    "--lora_target_modules c_attn": "--lora_target_modules c_attn: needs --lora_r",
+    "--train_file a.bin": "--train_file a.bin: there is no such file",
+    "--train_file b.bin": r"--train_file .*b\.bin: 3 bytes are no tokens of 2 bytes each",
+    "--train_file t.bin --block_size 4": "t.bin: holds token id 60000, but the model's embedding has 50257 rows",
+    "--train_file t.bin --block_size 64": "--block_size 64: the training text has only 19 tokens",
+    "--train_file t.bin --validation_file two.txt": "--validation_file two.txt: both files must hold tokens",
+    "--train_file t.bin --streaming --max_steps 1": "--streaming True: token files",
+    "--train_file t.bin --append_eos": "--append_eos True: the documents in token files",
+    "--train_file t.bin --text_column body": "--text_column body: token files have no columns",
+    "--train_file t.bin --vocab_size 300": "--vocab_size 300: no tokenizer is trained for token files",
+    "--train_file t.bin --sample_prompt It": "--sample_prompt It: needs the tokenizer of the token files",
+    "--train_file t.bin --validation_split_percentage 0": "--validation_split_percentage 0: leaves nothing",
+    "--global_batch_size 12": "--global_batch_size 12: must be a multiple of 8, --per_device_train_batch_size 8 on 1",
     "--do_train false": "--do_train false --do_eval false: there is nothing to do",
     "--do_train --eval_on_start": "--eval_on_start true: needs evaluation",
+    "--prediction_loss_only true": "--prediction_loss_only true: .*computed from the logits",
     "--resume_from_checkpoint true": "--resume_from_checkpoint true: there is no complete checkpoint",
     "--resume_from_checkpoint nosuch": "--resume_from_checkpoint nosuch: .*allowed: true, auto, false or the path",
     "--resume_from_checkpoint auto --overwrite_output_dir": "--resume_from_checkpoint auto: contradicts",
@@ -128,6 +209,12 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch, arguments, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.txt").write_text("one")
     (tmp_path / "two.txt").write_text("one\ntwo\n")
+    (tmp_path / "folder").mkdir()
+    for name in ("two.jsonl", "folder/train.jsonl"):
+        write_documents(tmp_path / name, ["one", "two"])
+    (tmp_path / "untyped.json").write_text('{"n_layer": 1}')
+    (tmp_path / "b.bin").write_bytes(b"abc")
+    write_token_bin(tmp_path / "t.bin", [60000] * 20)
     with pytest.raises(UsageError, match=message):
         run_clm.main(["--output_dir", "out", "--use_cpu", "--cache_dir", "cache", *arguments.split()])
     assert not (tmp_path / "out").exists()
@@ -138,8 +225,8 @@ def test_many_workers_may_read_a_stream_that_is_not_split(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.txt").write_text("one")
     streaming = "--streaming --max_steps 1 --dataloader_num_workers 2 --train_file here.txt --output_dir out"
-    model_args, data_args, _, training_args = parse(*streaming.split(), *options.split())
-    run_clm.check_arguments(model_args, data_args, training_args)
+    model_args, data_args, run_args, training_args = parse(*streaming.split(), *options.split())
+    run_clm.check_arguments(model_args, data_args, run_args, training_args)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(trained, tmp_path):
@@ -354,6 +441,89 @@ def test_max_samples_count_blocks(tmp_path):
     )
     assert (metrics["train_samples"], metrics["eval_samples"]) == (12, 3)
     assert log_history(tmp_path / "out")[-1]["step"] == 2  # 12 blocks in batches of 8
+
+
+def test_token_files_need_no_tokenizer(tmp_path):
+    train = write_token_bin(tmp_path / "train.bin", list(range(30)) * 100)
+    validation = write_token_bin(tmp_path / "val.bin", list(range(30)) * 10)
+    metrics = run_clm.main(
+        [
+            *("--train_file", str(train), "--validation_file", str(validation), "--output_dir", str(tmp_path / "out")),
+            *("--config_overrides", "n_layer=1,n_head=2,n_embd=32,vocab_size=30", "--block_size", "30"),
+            *("--max_steps", "40", "--learning_rate", "3e-2", "--save_steps", "20", *QUIET),
+        ]
+    )
+    assert (metrics["train_samples"], metrics["eval_samples"]) == (100, 10)
+    assert metrics["eval_accuracy"] > 0.9  # each number is followed by the next
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 30
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+def test_lora_trains_and_saves_adapters_only(trained, tmp_path):
+    output_dir, _ = trained
+    arguments = [
+        *("--model_name_or_path", output_dir, "--output_dir", tmp_path, "--max_steps", 10, "--learning_rate", 1e-2),
+        *("--lora_r", 4, "--lora_alpha", 8, "--lora_target_modules", "c_attn,c_fc", "--eval_on_start"),
+        *("--max_eval_samples", 21, "--save_steps", 5),
+    ]
+    metrics = run_main(*arguments)
+    evaluations = [entry["eval_loss"] for entry in log_history(tmp_path) if "eval_loss" in entry]
+    assert evaluations[-1] < evaluations[0]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 8, ["c_attn", "c_fc"])
+    assert not (tmp_path / "model.safetensors").exists()
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    tuned = {name.replace(".base_layer", ""): tensor for name, tensor in tuned.items()}
+    for name, tensor in AutoModelForCausalLM.from_pretrained(output_dir).state_dict().items():
+        assert torch.equal(tuned[name], tensor)
+    resumed = run_main(*arguments, "--resume_from_checkpoint", tmp_path / "checkpoint-5")
+    assert resumed["eval_loss"] == metrics["eval_loss"]
+
+
+def test_lora_without_peft_says_how_to_install_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_clm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--lora_r 4: needs the package peft: pip install peft"):
+        run_main("--model_name_or_path", trained[0], "--output_dir", tmp_path / "out", "--lora_r", 4)
+
+
+def test_lora_of_modules_that_the_model_lacks(trained, tmp_path):
+    with pytest.raises(UsageError, match="--lora_target_modules q_proj: "):
+        run_main(
+            *("--model_name_or_path", trained[0], "--output_dir", tmp_path, "--max_steps", 1),
+            *("--lora_r", 4, "--lora_target_modules", "q_proj"),
+        )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_the_one_asked_for(trained, attention):
+    model_args, *_ = parse("--output_dir", "x", "--model_name_or_path", trained[0], "--attn_implementation", attention)
+    model = run_clm.load_model(run_clm.load_config(model_args, None), model_args)
+    assert model.config._attn_implementation == attention
+
+
+def test_an_evaluation_keeps_no_logits(trained, tmp_path, monkeypatch):
+    """Metrics get two numbers a token at most, one batch at a time, whatever the vocabulary."""
+    sizes = []
+
+    def spy(predictions, label_ids, **others):
+        parts = predictions if isinstance(predictions, tuple) else (predictions,)
+        sizes.append(sum(part.numel() for part in parts) / label_ids.numel())
+        return EvalPrediction(predictions, label_ids, **others)
+
+    monkeypatch.setattr("transformers.trainer.EvalPrediction", spy)
+    run_main("--do_eval", "--model_name_or_path", trained[0], "--output_dir", tmp_path, "--max_eval_samples", 21)
+    assert len(sizes) == 3 and max(sizes) < 2  # 21 blocks in batches of 8
+
+
+def test_every_complaint_in_the_docs_names_a_test_that_exists():
+    table = (ROOT / "docs" / "run_clm.md").read_text().split("## What users of the official script")[1]
+    rows = [line for line in table.split("\n## ")[0].splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 15
+    for row in rows:
+        tests = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
+        assert tests, row
+        for module, name in tests:
+            assert re.search(rf"^def {name}\(", (ROOT / "tests" / f"{module}.py").read_text(), re.MULTILINE), row
 
 
 # ---- as a command ----
