@@ -33,15 +33,15 @@ def corrected_gradient(grads: list[Tensor], previous_grads: list[Tensor] | None,
     return c
 
 
-def clipped(c: list[Tensor], norms: list[Tensor], max_norm: float, *, in_place: bool) -> list[Tensor]:
+def clipped(c: list[Tensor], norms: list[Tensor] | list[float], max_norm: float, *, in_place: bool) -> list[Tensor]:
     """c̃_t = c_t / max(1, ‖c_t‖₂ / max_norm) of every parameter tensor.
 
     Args:
         c: c_t; overwritten if ``in_place``.
-        norms: ‖c_t‖₂ of the whole tensors, 0-d. Read on CPUs alone: reading them would stall an accelerator.
+        norms: ‖c_t‖₂ of the whole tensors: 0-d tensors, or numbers where :func:`reads_are_free`.
         max_norm: largest ‖c̃_t‖₂.
     """
-    if not reads_are_free(c):
+    if norms and torch.is_tensor(norms[0]):
         denominators = torch._foreach_clamp_min(torch._foreach_div(norms, max_norm), 1.0)
         if not in_place:
             return list(torch._foreach_div(c, denominators))

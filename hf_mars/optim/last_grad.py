@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-
-from .correction import reads_are_free
 
 # Prototype of torch (checked with 2.11 and 2.13): the clone and the original share memory until either is written to.
 _lazy_clone = getattr(torch, "_lazy_clone", None)
 
 
-def remember(last_grads: list[Tensor], grads: list[Tensor], norms: list[Tensor] | None) -> list[Tensor]:
+def remember(last_grads: list[Tensor], grads: list[Tensor], norms: list[float] | None) -> list[Tensor]:
     """g_t in the place of the g_{t−1} that this step used up. Non-finite entries become zero.
 
     zero_grad(set_to_none=False), DDP's bucket views and gradient-reusing engines write into the very tensors in
@@ -21,19 +21,20 @@ def remember(last_grads: list[Tensor], grads: list[Tensor], norms: list[Tensor] 
     Args:
         last_grads: memory that may be written to; its dtype is the result's.
         grads: g_t. Not modified.
-        norms: something that is finite only where g_t is, 0-d, for each; or None.
+        norms: for each a number that is finite only where g_t is; None if that is not known.
 
     Returns:
         What to keep as g_{t−1}: members of ``last_grads``, or lazy clones of members of ``grads``.
     """
-    may_take_over = norms is not None and reads_are_free(grads)
     result = []
     for i, (last_grad, grad) in enumerate(zip(last_grads, grads, strict=True)):
         alike = last_grad.dtype == grad.dtype and last_grad.stride() == grad.stride()
-        if may_take_over and alike and can_take_over(grad) and norms[i].isfinite():
+        if norms is not None and alike and math.isfinite(norms[i]) and can_take_over(grad):
             last_grad = _lazy_clone(grad)
-        else:
+        elif last_grad.dtype == grad.dtype:
             torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=last_grad)
+        else:
+            last_grad.copy_(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
         result.append(last_grad)
     return result
 

@@ -42,7 +42,16 @@ def cache_sized(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     if not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.is_contiguous() for ts in lists for t in ts):
         yield lists
         return
+    small, elements = [], 0  # tensors for one piece
     for tensors in zip(*lists, strict=True):
-        flat = [t.view(-1) for t in tensors]
-        for start in range(0, flat[0].numel(), PIECE):
-            yield tuple([t[start : start + PIECE]] for t in flat)
+        if tensors[0].numel() >= PIECE:
+            for pieces in zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True):
+                yield tuple([t] for t in pieces)
+            continue
+        if elements + tensors[0].numel() > PIECE:
+            yield tuple(map(list, zip(*small, strict=True)))
+            small, elements = [], 0
+        small.append(tensors)
+        elements += tensors[0].numel()
+    if small:
+        yield tuple(map(list, zip(*small, strict=True)))

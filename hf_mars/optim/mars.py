@@ -21,8 +21,8 @@ from .hyperparameters import check_hyperparameters, dtype_of
 from .last_grad import remember
 from .lion import lion
 from .precision import AVERAGES, needs_compensation, needs_wide_copies, widened
-from .sharding import is_sharded, local, local_grad, norms
 from .shampoo import shampoo
+from .sharding import is_sharded, local, local_grad, norms
 
 UPDATES = {"adamw": adamw, "lion": lion, "shampoo": shampoo}
 
@@ -43,18 +43,22 @@ class Batch:
     states: list[dict[str, Any]]
     previous_grads: list[Tensor] | None  # what κ's bracket subtracts; None: κ = 0, or the one-tensor form
     c: list[Tensor] | None = None
-    norms: list[Tensor] | None = None  # ‖c_t‖₂
+    norms: list[Tensor] | list[float] | None = None  # ‖c_t‖₂; numbers where the host may look at them
 
     @property
     def keeps_last_grad(self) -> bool:
         return self.previous_grads is not None and not self.group["exact"]
 
     @property
+    def takes_wide_copies(self) -> bool:
+        return any(needs_wide_copies(dtype, self.group) for dtype in {param.dtype for param in self.params})
+
+    @property
     def takes_copies(self) -> bool:
-        return any(needs_wide_copies(param, self.group) for param in self.params) or (
-            self.keeps_last_grad
-            and any(last.dtype != grad.dtype for last, grad in zip(self.previous_grads, self.grads, strict=True))
-        )
+        if not self.keeps_last_grad:
+            return self.takes_wide_copies
+        pairs = zip(self.previous_grads, self.grads, strict=True)
+        return self.takes_wide_copies or any(last.dtype != grad.dtype for last, grad in pairs)
 
     @property
     def wants_norms(self) -> bool:
@@ -256,7 +260,7 @@ class Mars(Optimizer):
             c = clipped(c, batch.norms, group["max_norm"], in_place=batch.previous_grads is not None)
         # Where g_{t−1} is not kept, the momentum of plain gradients does the correction's work.
         gamma = group["gamma"] if batch.previous_grads is None and not group["exact"] else 0.0
-        if any(needs_wide_copies(param, group) for param in batch.params):
+        if batch.takes_wide_copies:
             with widened(batch.params, c, batch.states, group) as (params, c, states):
                 self._apply(params, c, states, group, gamma=gamma)
         else:
@@ -302,7 +306,7 @@ class Mars(Optimizer):
             # The paper's x_1 = x_0: no difference yet, so c_1 = g_1.
             state["last_grad"] = zeros("last_grad")
             remember([local(state["last_grad"])], [grad], None)
-        if not needs_compensation(param, group):
+        if not needs_compensation(param.dtype, group):
             state.pop("compensation", None)
         elif "compensation" not in state:
             state["compensation"] = zeros("compensation")
@@ -384,9 +388,7 @@ class Mars(Optimizer):
             return [grad.clone() for grad in grads]  # x_0 = x_1
         # No gradient there: the parameter took no part in this batch at x_{t−1} (an expert not routed to).
         return [
-            local_grad(param, self._previous_grads[param])
-            if param in self._previous_grads
-            else torch.zeros_like(grad)
+            local_grad(param, self._previous_grads[param]) if param in self._previous_grads else torch.zeros_like(grad)
             for param, grad in zip(params, grads, strict=True)
         ]
 
@@ -589,11 +591,14 @@ def _measure(batches: list[Batch]) -> None:
     values = iter(norms([x for b in measured for x in b.c], [param for b in measured for param in b.params]))
     for batch in measured:
         batch.norms = [next(values) for _ in batch.params]
+        if reads_are_free(batch.c):
+            batch.norms = [norm.item() for norm in batch.norms]
 
 
 def _remember(batch: Batch) -> None:
     sharded = any(map(is_sharded, batch.params))  # then g_{t−1} stays the DTensor that it is
-    kept = remember(batch.previous_grads, batch.grads, None if sharded else batch.norms)
+    known = reads_are_free(batch.grads) and not sharded
+    kept = remember(batch.previous_grads, batch.grads, batch.norms if known else None)
     if not sharded:
         for state, last_grad in zip(batch.states, kept, strict=True):
             state["last_grad"] = last_grad

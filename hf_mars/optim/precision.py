@@ -18,14 +18,14 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
-def needs_compensation(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether ``param`` is updated with Kahan summation: half precisions are, unless ``kahan_sum`` says otherwise."""
-    return param.dtype in HALF_PRECISIONS and group["kahan_sum"] is not False
+def needs_compensation(dtype: torch.dtype, group: dict[str, Any]) -> bool:
+    """Whether such parameters are updated with Kahan summation: half precisions are, unless ``kahan_sum`` is False."""
+    return dtype in HALF_PRECISIONS and group["kahan_sum"] is not False
 
 
-def needs_wide_copies(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether ``param`` is updated through copies in full precision: torch's kernels want one dtype throughout."""
-    return needs_compensation(param, group) or group["state_dtype"] not in (None, param.dtype)
+def needs_wide_copies(dtype: torch.dtype, group: dict[str, Any]) -> bool:
+    """Whether such parameters are updated in full-precision copies: torch's kernels want one dtype throughout."""
+    return needs_compensation(dtype, group) or group["state_dtype"] not in (None, dtype)
 
 
 @contextlib.contextmanager
