@@ -4,8 +4,8 @@
 
 The official run_clm.py of Transformers tokenises in one `datasets` map of batches of 1,000 texts, and in a second one
 joins the texts of each batch and cuts them into blocks; the rest of each batch, less than a block, is dropped.
-Without --train_file the text is the packaged novel, each paragraph a document, repeated; without --tokenizer_name a BPE
-is trained on it. The ways take turns, each with an empty cache; the table has medians.
+Without --train_file the text is the packaged novel, each paragraph a document, repeated; without --tokenizer_name a
+BPE is trained on it. The ways take turns, each with an empty cache; the table has medians.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def main():
                 tokens = count()
                 results[name] = (tokens, tokens - blocks * arguments.block_size)
     print(
-        f"datasets {datasets.__version__}, tokenizers {tokenizers.__version__}, transformers {transformers.__version__}, "
+        f"datasets {datasets.__version__}, tokenizers {tokenizers.__version__}, "
+        f"transformers {transformers.__version__}, "
         f"num_workers {arguments.num_workers}, block_size {arguments.block_size}, {len(texts.rows):,} rows"
     )
     print("\n| | tokens | seconds | tokens/s | tokens dropped |\n| --- | --- | --- | --- | --- |")
