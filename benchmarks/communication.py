@@ -215,13 +215,13 @@ def step_collectives(model: Model, variant: Variant, engine: str, ranks: int) ->
         # Shards of the momentum to the rank that works on the matrix, and its results back.
         payload["all_to_all"] = FP32 * (model.elements(["matrix"], engine, ranks) + share)
     if variant.replicas and engine == "ddp":
-        payload["all_gather"] = FP32 * ranks * share  # results; every rank's part as long as the longest
+        payload["broadcast"] = FP32 * model.elements(["matrix"])  # results, each from the rank that worked on it
     return +payload
 
 
 def sent_bytes(payload: Counter, ranks: int) -> float:
     """Bytes that each rank sends where collectives run over rings: an all-reduce is two of the others."""
-    passes = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+    passes = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1}
     return sum(passes[collective] * size for collective, size in payload.items()) * (ranks - 1) / ranks
 
 
@@ -239,6 +239,7 @@ COLLECTIVES = {  # operator → collective, and which of its tensors is the whol
     "c10d::allgather_": ("all_gather", sum),
     "c10d::_reduce_scatter_base_": ("reduce_scatter", max),
     "c10d::alltoall_base_": ("all_to_all", max),
+    "c10d::broadcast_": ("broadcast", max),
     "_c10d_functional::all_reduce": ("all_reduce", max),
     "_c10d_functional::all_gather_into_tensor": ("all_gather", max),
     "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", max),

@@ -86,7 +86,7 @@ def on_whole_matrices(
 
     - sharded along one mesh dimension: the ranks of that dimension send each other the shards of the matrices that
       they work on, and the results back (two all-to-alls, together twice the tensors' size spread over all ranks);
-    - not sharded, with ``replicas`` given: each rank works on its share, then one all-gather of the results;
+    - not sharded, with ``replicas`` given: each rank works on its share and broadcasts the results;
     - else every rank works on everything, on tensors sharded along several mesh dimensions after gathering them.
 
     Args:
@@ -141,16 +141,21 @@ def _on_gathered(function: Function, parts: list[Tensor], params: list[Tensor]) 
 def _on_replicas(
     function: Function, parts: list[Tensor], params: list[Tensor], group: dist.ProcessGroup
 ) -> list[Tensor]:
-    owners = _owners(params, group.size())
-    of_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in range(group.size())]
-    longest = max(sum(parts[i].numel() for i in theirs) for theirs in of_owner)
-    sent = parts[0].new_zeros(longest)  # an all-gather wants equal sizes
-    mine = _pack(function([parts[i] for i in of_owner[group.rank()]]), like=sent)
-    sent[: mine.numel()] = mine
-    received = sent.new_empty(group.size() * longest)
-    dist.all_gather_into_tensor(received, sent, group=group)
+    ranks = range(group.size())
+    owners = _owners(params, len(ranks))
+    of_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in ranks]
+    buffers = [parts[0].new_empty(sum(parts[i].numel() for i in theirs)) for theirs in of_owner]
+    buffers[group.rank()] = _pack(function([parts[i] for i in of_owner[group.rank()]]), like=parts[0])
+    # Not an all-gather: that wants equal sizes, up to the largest matrix a rank where ranks outnumber matrices.
+    sent = [
+        dist.broadcast(buffer, dist.get_global_rank(group, r), group=group, async_op=True)
+        for r, buffer in enumerate(buffers)
+        if buffer.numel()
+    ]
+    for work in sent:
+        work.wait()
     results: list[Tensor] = [None] * len(parts)
-    for theirs, buffer in zip(of_owner, received.split(longest), strict=True):
+    for theirs, buffer in zip(of_owner, buffers, strict=True):
         for i, result in zip(theirs, _unpack(buffer, [parts[i].shape for i in theirs]), strict=True):
             results[i] = result
     return results
