@@ -467,10 +467,15 @@ class MarsAdamW(Mars):
         lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs).
         betas_1d: betas of 1d parameters.
         optimize_1d: give 1d parameters MARS, with ``lr`` and ``betas``, too.
+        last_grad_dtype: dtype of g_{t−1}, ``torch.float32`` or ``torch.bfloat16`` or their names; None is the parameter's.
+        state_dtype: dtype of "exp_avg" and "exp_avg_sq", likewise.
+        kahan_sum: keep what rounding drops from the updates of bfloat16 and float16 parameters, in one more tensor;
+            None and True do, False does not.
         foreach, fused: which of torch's AdamW kernels to use; by default the fused one where the device has it.
 
     State of a parameter: "exp_avg" (m_t), "exp_avg_sq" (v_t), "last_grad" (g_{t−1}; where γ > 0 and not exact) or
-    "last_param" (x_{t−1}; exact), all of the parameter's shape and dtype, and "step" (t, float32).
+    "last_param" (x_{t−1}; exact), all of the parameter's shape, and "step" (t, float32); with Kahan summation also
+    "compensation".
 
     Raises:
         ValueError: a setting is out of its range.
@@ -515,6 +520,8 @@ class MarsShampoo(Mars):
             which gives the update AdamW's root mean square, so that one learning rate serves everything (lr_1d is lr).
         orthogonalize_embeddings: orthogonalise embeddings and heads too, as the authors' code does.
         roles: from ``hf_mars.optim.parameter_roles(model)``: what each parameter is, where shapes cannot tell.
+        process_group: ranks that hold the same parameters and gradients (data parallelism) and share out the matrices
+            among themselves; None: each rank orthogonalises all. Sharded parameters know their ranks themselves.
 
     State of an orthogonalised parameter: as for :class:`MarsLion`.
     """
