@@ -467,7 +467,7 @@ class MarsAdamW(Mars):
         lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs).
         betas_1d: betas of 1d parameters.
         optimize_1d: give 1d parameters MARS, with ``lr`` and ``betas``, too.
-        last_grad_dtype: dtype of g_{t−1}, ``torch.float32`` or ``torch.bfloat16`` or their names; None is the parameter's.
+        last_grad_dtype: dtype of g_{t−1}: ``torch.float32``, ``torch.bfloat16`` or their names; None: the parameter's.
         state_dtype: dtype of "exp_avg" and "exp_avg_sq", likewise.
         kahan_sum: keep what rounding drops from the updates of bfloat16 and float16 parameters, in one more tensor;
             None and True do, False does not.
