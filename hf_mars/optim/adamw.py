@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from .sharding import local
+
 
 def adamw(
     params: list[Tensor], c: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], *, gamma: float = 0.0
@@ -19,10 +21,10 @@ def adamw(
     """
     beta1, beta2 = group["betas"]
     torch_adamw(
-        params,
+        [local(param) for param in params],
         c,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [local(state["exp_avg"]) for state in states],
+        [local(state["exp_avg_sq"]) for state in states],
         [],
         [state["step"] for state in states],
         foreach=group["foreach"],

@@ -1,6 +1,6 @@
 """The variance-reduced gradient c_t, its clip, and the momentum m_t made of it (arXiv:2411.10438, Algorithms 1, 5, 6).
 
-κ = γ·β1/(1−β1) throughout. Lists run over the parameters of one group; nothing here waits for the device.
+κ = γ·β1/(1−β1) throughout. Lists run over the parameters of one group, or this rank's parts of them.
 """
 
 from __future__ import annotations
@@ -14,45 +14,49 @@ def scaling(gamma: float, beta1: float) -> float:
     return gamma * beta1 / (1 - beta1)
 
 
-def corrected_gradient(
-    grads: list[Tensor],
-    previous_grads: list[Tensor] | None,
-    *,
-    kappa: float,
-    max_norm: float | None,
-) -> list[Tensor]:
-    """c̃_t of every parameter: c_t = g_t + κ (g_t − g_prev), then c_t / max(1, ‖c_t‖₂ / max_norm).
+def corrected_gradient(grads: list[Tensor], previous_grads: list[Tensor] | None, *, kappa: float) -> list[Tensor]:
+    """c_t = g_t + κ (g_t − g_prev) of every parameter.
 
     Args:
         grads: g_t. Not modified.
-        previous_grads: g_{t−1} (approximate form) or ∇f(x_{t−1}, ξ_t) (exact form), of the same shapes. Overwritten:
-            the result takes their memory. None where κ is zero.
+        previous_grads: g_{t−1} (approximate form) or ∇f(x_{t−1}, ξ_t) (exact form), of the same shapes. Overwritten
+            where the dtype is that of ``grads``: the result takes their memory. None where κ is zero.
         kappa: κ.
-        max_norm: largest ‖c̃_t‖₂ of one parameter tensor; None leaves c_t alone.
+
+    Returns:
+        Tensors of the shapes and dtypes of ``grads``; ``grads`` itself where κ is zero.
     """
     if previous_grads is None:
-        return grads if max_norm is None else torch._foreach_div(grads, _clip_denominators(grads, max_norm))
-    c = previous_grads
+        return grads
+    c = [previous.to(grad.dtype) for previous, grad in zip(previous_grads, grads, strict=True)]
     torch._foreach_lerp_(c, grads, 1 + kappa)  # g_prev + (1+κ)(g_t − g_prev) = g_t + κ (g_t − g_prev)
-    if max_norm is not None:
-        torch._foreach_div_(c, _clip_denominators(c, max_norm))
     return c
 
 
-def _clip_denominators(c: list[Tensor], max_norm: float) -> list[Tensor]:
-    """max(1, ‖c‖₂ / max_norm) of every tensor, as 0-d tensors on its device: reading them would stall it."""
-    # Out of place: the norm of a sharded tensor is a sum still to be made, which in-place arithmetic refuses.
-    return torch._foreach_clamp_min(torch._foreach_div(torch._foreach_norm(c), max_norm), 1.0)
+def clipped(c: list[Tensor], norms: list[Tensor], max_norm: float, *, in_place: bool) -> list[Tensor]:
+    """c̃_t = c_t / max(1, ‖c_t‖₂ / max_norm) of every parameter tensor.
 
-
-def remember(last_grads: list[Tensor], grads: list[Tensor]) -> None:
-    """Write g_t over the g_{t−1} that this step used up.
-
-    By value, since zero_grad(set_to_none=False), DDP's bucket views and gradient-reusing engines write into the very
-    tensors in ``grads``. Non-finite entries become zero: one bad gradient must not stay in the correction.
+    Args:
+        c: c_t; overwritten if ``in_place``.
+        norms: ‖c_t‖₂ of the whole tensors, 0-d. Read on CPUs alone: reading them would stall an accelerator.
+        max_norm: largest ‖c̃_t‖₂.
     """
-    for last_grad, grad in zip(last_grads, grads, strict=True):
-        torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=last_grad)
+    if not reads_are_free(c):
+        denominators = torch._foreach_clamp_min(torch._foreach_div(norms, max_norm), 1.0)
+        if not in_place:
+            return list(torch._foreach_div(c, denominators))
+        torch._foreach_div_(c, denominators)
+        return c
+    # Most tensors are below max_norm most of the time, and a pass over memory is what a CPU has to save.
+    return [
+        x if norm <= max_norm else (x.div_ if in_place else x.div)(norm / max_norm)
+        for x, norm in zip(c, norms, strict=True)
+    ]
+
+
+def reads_are_free(tensors: list[Tensor]) -> bool:
+    """Whether the host can look at values without waiting for a device or breaking a compiled graph."""
+    return all(t.is_cpu for t in tensors) and not torch.compiler.is_compiling()
 
 
 def momentum(exp_avgs: list[Tensor], c: list[Tensor], *, beta1: float, gamma: float) -> list[Tensor]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from .groups import KINDS, LAYOUTS
 
 
@@ -25,6 +27,17 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+# What states may be kept in: float16's range is too small for squares of gradients.
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(value: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a setting names."""
+    return _DTYPES.get(value, value)
+
+
+_STATE_DTYPE = ("float32, bfloat16 or None", lambda v: v is None or dtype_of(v) in _DTYPES.values())
+
 # One row a hyperparameter: what it must be, and the test. The trainer's options use the same rows.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lr": ("a number >= 0", _not_negative),
@@ -37,6 +50,9 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lr_1d": ("a number >= 0, or None", lambda v: v is None or _not_negative(v)),
     "betas_1d": ("two numbers, each in [0, 1)", _betas),
     "optimize_1d": ("True or False", _flag),
+    "last_grad_dtype": _STATE_DTYPE,
+    "state_dtype": _STATE_DTYPE,
+    "kahan_sum": ("True, False or None", lambda v: v is None or _flag(v)),
     "foreach": ("True, False or None", lambda v: v is None or _flag(v)),
     "fused": ("True, False or None", lambda v: v is None or _flag(v)),
     "ns_steps": ("an integer in [1, 100], or None", lambda v: v is None or (type(v) is int and 1 <= v <= 100)),

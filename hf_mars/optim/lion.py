@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .correction import momentum
+from .sharding import local
 
 
 def lion(
@@ -20,10 +21,11 @@ def lion(
     Modifies the parameters and "exp_avg" in their state; not ``c``. ``gamma`` is passed on to
     :func:`~hf_mars.optim.correction.momentum`.
     """
-    exp_avgs = [state["exp_avg"] for state in states]
-    for x, e, c_piece in cache_sized(params, exp_avgs, c):
+    exp_avgs = [local(state["exp_avg"]) for state in states]
+    for x, e, c_piece in cache_sized([local(param) for param in params], exp_avgs, c):
         m = momentum(e, c_piece, beta1=group["betas"][0], gamma=gamma)
-        torch._foreach_mul_(x, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(x, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(x, torch._foreach_sign(m), alpha=-group["lr"])
 
 

@@ -3,26 +3,84 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from .adamw import adamw
-from .correction import corrected_gradient, initial_average, remember, scaling
+from .correction import clipped, corrected_gradient, initial_average, reads_are_free, scaling
 from .exact import at_previous_point
 from .groups import KINDS, ParameterRole, role_of_shape
-from .hyperparameters import check_hyperparameters
+from .hyperparameters import check_hyperparameters, dtype_of
+from .last_grad import remember
 from .lion import lion
+from .precision import AVERAGES, needs_compensation, needs_wide_copies, widened
+from .sharding import is_sharded, local, local_grad, norms
 from .shampoo import shampoo
 
 UPDATES = {"adamw": adamw, "lion": lion, "shampoo": shampoo}
 
+# Elements that are updated at a time where that takes temporary copies of them.
+COPIED_AT_A_TIME = 1 << 24
+
 # Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
 _SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
+
+
+@dataclass
+class Batch:
+    """Parameters of one group that have a gradient, and what their update needs. Gradients are this rank's parts."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    previous_grads: list[Tensor] | None  # what κ's bracket subtracts; None: κ = 0, or the one-tensor form
+    c: list[Tensor] | None = None
+    norms: list[Tensor] | None = None  # ‖c_t‖₂
+
+    @property
+    def keeps_last_grad(self) -> bool:
+        return self.previous_grads is not None and not self.group["exact"]
+
+    @property
+    def takes_copies(self) -> bool:
+        return any(needs_wide_copies(param, self.group) for param in self.params) or (
+            self.keeps_last_grad
+            and any(last.dtype != grad.dtype for last, grad in zip(self.previous_grads, self.grads, strict=True))
+        )
+
+    @property
+    def wants_norms(self) -> bool:
+        # Without the clip they tell a CPU whether g_t is finite, for one pass over memory instead of a copy's three.
+        can_tell = self.keeps_last_grad and reads_are_free(self.grads) and not any(map(is_sharded, self.params))
+        return self.group["max_norm"] is not None or can_tell
+
+    def pieces(self, elements: int) -> Iterator[Batch]:
+        """The same in batches of at most so many elements, or of one parameter."""
+        start, count = 0, 0
+        for i, grad in enumerate(self.grads):
+            if i > start and count + grad.numel() > elements:
+                yield self._piece(slice(start, i))
+                start, count = i, 0
+            count += grad.numel()
+        yield self._piece(slice(start, None))
+
+    def _piece(self, part: slice) -> Batch:
+        previous_grads = None if self.previous_grads is None else self.previous_grads[part]
+        return replace(
+            self,
+            params=self.params[part],
+            grads=self.grads[part],
+            states=self.states[part],
+            previous_grads=previous_grads,
+        )
 
 
 class Mars(Optimizer):
@@ -50,6 +108,9 @@ class Mars(Optimizer):
         lr_1d: float | None = None,
         betas_1d: tuple[float, float] = (0.9, 0.95),
         optimize_1d: bool = False,
+        last_grad_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        kahan_sum: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
@@ -86,6 +147,7 @@ class Mars(Optimizer):
             raise TypeError("params must be an ordered collection such as a list, got a set")
         settings = {**self.defaults, **{key: value for key, value in param_group.items() if key != "params"}}
         check_hyperparameters(settings)
+        settings.update({key: dtype_of(settings[key]) for key in ("last_grad_dtype", "state_dtype")})
         by_role: dict[ParameterRole, list] = {}
         seen: set[Tensor] = set()
         for param in [params] if isinstance(params, Tensor) else list(params):
@@ -147,39 +209,61 @@ class Mars(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_previous_point()
-        for group in self.param_groups:
-            params, grads, states, previous_grads = self._collect(group)
-            if group["exact"]:
-                self._remember_point(group)
-            if not params:
-                continue
-            c = corrected_gradient(grads, previous_grads, kappa=_kappa(group), max_norm=group["max_norm"])
-            # Where g_{t−1} is not kept, the momentum of plain gradients does the correction's work.
-            gamma = group["gamma"] if previous_grads is None and not group["exact"] else 0.0
-            UPDATES[group["update"]](params, c, states, group, gamma=gamma)
-            if previous_grads is not None and not group["exact"]:
-                remember(previous_grads, grads)
+        for batches in self._rounds():
+            for batch in batches:
+                batch.c = corrected_gradient(batch.grads, batch.previous_grads, kappa=_kappa(batch.group))
+            _measure(batches)
+            for batch in batches:
+                self._update(batch)
+                if batch.keeps_last_grad:
+                    _remember(batch)
         self._forget_previous_point()
         return loss
 
-    def _collect(self, group: dict[str, Any]):
-        """The parameters of ``group`` with a gradient, their gradients and states, and what κ's bracket subtracts.
+    def _rounds(self) -> list[list[Batch]]:
+        """What is updated together: everything, so that the clip's norms take one exchange between ranks a step;
+        batches that take temporary copies one piece after the other."""
+        together, apart = [], []
+        for group in self.param_groups:
+            if group["exact"]:
+                self._remember_point(group)
+            batch = self._collect(group)
+            if batch.params:
+                (apart if batch.takes_copies else together).append(batch)
+        return [together, *([piece] for batch in apart for piece in batch.pieces(COPIED_AT_A_TIME))]
 
-        The last is None where nothing is: κ = 0, or the one-tensor form.
-        """
+    def _collect(self, group: dict[str, Any]) -> Batch:
         params = [param for param in group["params"] if param.grad is not None]
-        grads = [param.grad for param in params]
         one_tensor = self._one_tensor_form(group)
-        for param, grad in zip(params, grads, strict=True):
-            if grad.is_sparse:
+        for param in params:
+            if param.grad.is_sparse:
                 raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
+        grads = [local_grad(param) for param in params]
+        for param, grad in zip(params, grads, strict=True):
             self._init_state(param, grad, group, one_tensor)
         states = [self.state[param] for param in params]
         if one_tensor or _kappa(group) == 0:
-            return params, grads, states, None
-        if group["exact"]:
-            return params, grads, states, self._take_previous_grads(params, grads)
-        return params, grads, states, [state["last_grad"] for state in states]
+            previous_grads = None
+        elif group["exact"]:
+            previous_grads = self._take_previous_grads(params, grads)
+        else:
+            previous_grads = [local(state["last_grad"]) for state in states]
+        return Batch(group, params, grads, states, previous_grads)
+
+    def _update(self, batch: Batch) -> None:
+        group, c = batch.group, batch.c
+        if group["max_norm"] is not None:
+            c = clipped(c, batch.norms, group["max_norm"], in_place=batch.previous_grads is not None)
+        # Where g_{t−1} is not kept, the momentum of plain gradients does the correction's work.
+        gamma = group["gamma"] if batch.previous_grads is None and not group["exact"] else 0.0
+        if any(needs_wide_copies(param, group) for param in batch.params):
+            with widened(batch.params, c, batch.states, group) as (params, c, states):
+                self._apply(params, c, states, group, gamma=gamma)
+        else:
+            self._apply(batch.params, c, batch.states, group, gamma=gamma)
+
+    def _apply(self, params, c, states, group, *, gamma: float) -> None:
+        UPDATES[group["update"]](params, c, states, group, gamma=gamma)
 
     def _one_tensor_form(self, group: dict[str, Any]) -> bool:
         """Whether m_t comes from one moving average and g_t, without g_{t−1}; see correction.momentum.
@@ -197,16 +281,18 @@ class Mars(Optimizer):
     def _init_state(self, param: Tensor, grad: Tensor, group: dict[str, Any], one_tensor: bool) -> None:
         """Make the state of a parameter when it first needs it: at its first gradient, the same on every rank."""
         state = self.state[param]
+
+        def zeros(key: str) -> Tensor:
+            return torch.zeros_like(param, dtype=_state_dtype(key, param, group), memory_format=torch.preserve_format)
+
         if "exp_avg" not in state:
             if group["update"] == "adamw":
                 # Where torch's AdamW keeps it: a fused kernel reads it on the device, the others on the host.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["fused"] else "cpu")
-                state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg"] = (
-                initial_average(grad, group["gamma"])
-                if one_tensor
-                else torch.zeros_like(param, memory_format=torch.preserve_format)
-            )
+                state["exp_avg_sq"] = zeros("exp_avg_sq")
+            state["exp_avg"] = zeros("exp_avg")
+            if one_tensor:
+                local(state["exp_avg"]).copy_(initial_average(grad, group["gamma"]))
         # What this form does not keep up to date must not be there when the group's settings change back.
         if not group["exact"]:
             state.pop("last_param", None)
@@ -214,8 +300,12 @@ class Mars(Optimizer):
             state.pop("last_grad", None)
         elif not one_tensor and "last_grad" not in state:
             # The paper's x_1 = x_0: no difference yet, so c_1 = g_1.
-            state["last_grad"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            remember([state["last_grad"]], [grad])
+            state["last_grad"] = zeros("last_grad")
+            remember([local(state["last_grad"])], [grad], None)
+        if not needs_compensation(param, group):
+            state.pop("compensation", None)
+        elif "compensation" not in state:
+            state["compensation"] = zeros("compensation")
 
     # ---- exact mode ----
 
@@ -294,7 +384,9 @@ class Mars(Optimizer):
             return [grad.clone() for grad in grads]  # x_0 = x_1
         # No gradient there: the parameter took no part in this batch at x_{t−1} (an expert not routed to).
         return [
-            self._previous_grads[param] if param in self._previous_grads else torch.zeros_like(grad)
+            local_grad(param, self._previous_grads[param])
+            if param in self._previous_grads
+            else torch.zeros_like(grad)
             for param, grad in zip(params, grads, strict=True)
         ]
 
@@ -330,6 +422,18 @@ class Mars(Optimizer):
                         f"{type(self).__name__} has {own['update']!r} there; load it into the optimizer it came from"
                     )
         super().load_state_dict(state_dict)
+        self._load_dtypes(state_dict)
+
+    def _load_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Undo torch's rounding of every state to the parameter's dtype, where the group's settings say otherwise."""
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [(param, group) for group in self.param_groups for param in group["params"]]
+        for i, (param, group) in zip(saved_ids, own, strict=True):
+            for key in (*AVERAGES, "last_grad"):
+                saved = state_dict["state"].get(i, {}).get(key)
+                dtype = _state_dtype(key, param, group)
+                if saved is not None and self.state[param][key].dtype != dtype:
+                    self.state[param][key] = saved.to(param.device, dtype, copy=True)
 
 
 class MarsAdamW(Mars):
@@ -411,6 +515,7 @@ class MarsShampoo(Mars):
     """
 
     matrix_update = "shampoo"
+    process_group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -429,11 +534,22 @@ class MarsShampoo(Mars):
         ns_steps: int | None = 5,
         adjust_lr_fn: str = "original",
         orthogonalize_embeddings: bool = False,
+        last_grad_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        kahan_sum: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         roles: Mapping[Tensor, ParameterRole] | None = None,
+        process_group: ProcessGroup | None = None,
     ):
         self._set_up(params, _settings_among(locals()), roles)
+        self.process_group = process_group
+
+    def _apply(self, params, c, states, group, *, gamma: float) -> None:
+        if group["update"] == "shampoo":
+            shampoo(params, c, states, group, gamma=gamma, replicas=self.process_group)
+        else:
+            super()._apply(params, c, states, group, gamma=gamma)
 
     def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         if kind == "matrix" or (kind == "embedding" and settings["orthogonalize_embeddings"]):
@@ -448,7 +564,8 @@ class MarsShampoo(Mars):
 
 def _settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
     """A constructor's arguments that are settings of param_groups."""
-    return {k: v for k, v in arguments.items() if k not in ("self", "params", "roles", "__class__")}
+    others = ("self", "params", "roles", "process_group", "__class__")
+    return {k: v for k, v in arguments.items() if k not in others}
 
 
 def _plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:
@@ -458,6 +575,28 @@ def _plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _kappa(group: dict[str, Any]) -> float:
     return scaling(group["gamma"], group["betas"][0])
+
+
+def _state_dtype(key: str, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """The dtype that ``group`` wants a state of ``param`` in."""
+    setting = {"last_grad": "last_grad_dtype", "exp_avg": "state_dtype", "exp_avg_sq": "state_dtype"}.get(key)
+    return (setting and group[setting]) or param.dtype
+
+
+def _measure(batches: list[Batch]) -> None:
+    """‖c_t‖₂ of all parameters that want it, with one exchange between ranks."""
+    measured = [batch for batch in batches if batch.wants_norms]
+    values = iter(norms([x for b in measured for x in b.c], [param for b in measured for param in b.params]))
+    for batch in measured:
+        batch.norms = [next(values) for _ in batch.params]
+
+
+def _remember(batch: Batch) -> None:
+    sharded = any(map(is_sharded, batch.params))  # then g_{t−1} stays the DTensor that it is
+    kept = remember(batch.previous_grads, batch.grads, None if sharded else batch.norms)
+    if not sharded:
+        for state, last_grad in zip(batch.states, kept, strict=True):
+            state["last_grad"] = last_grad
 
 
 def _takes_fused_kernel(group: dict[str, Any]) -> bool:

@@ -21,30 +21,52 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     Returns:
         A tensor of the same shape, dtype and device. A zero matrix gives zeros.
 
-    Accelerators compute in bfloat16, which the iteration tolerates by design; CPUs compute in the matrix' own dtype,
-    half precisions in float32 (their CPU matrix products are slow).
+    Accelerators compute in bfloat16, which the iteration tolerates by design (float64 stays float64 on CPUs), and so do
+    CPUs with matrix units (AMX) from MIN_BFLOAT16 rows and columns on, where it is three to six times faster than
+    float32. Other CPUs compute in float32.
     """
-    a, b, c = COEFFICIENTS
-    x = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return _newton_schulz_of_a_stack([matrix], steps)[0]
+
+
+def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor]:
+    """The same for tensors of one shape, dtype and device, in batched products: fewer launches, busier cores."""
+    *batch, m, n = matrices[0].shape
+    tall = m > n
+    if tall:  # the Gram matrix XXᵀ is then the smaller of the two
+        matrices = [x.mT for x in matrices]
+    dtype = torch.promote_types(matrices[0].dtype, torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype) for x in matrices])
+    x = matrices[0].new_empty(
+        (len(matrices), *matrices[0].shape), dtype=torch.bfloat16 if _takes_bfloat16(matrices[0]) else dtype
+    )
+    for place, matrix in zip(x, matrices, strict=True):
+        place.copy_(matrix)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
     # tiny keeps 0/0 away without touching the scale of small matrices.
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    if matrix.device.type != "cpu" and matrix.dtype != torch.float64:
-        x = x.bfloat16()
+    x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
 
-    tall = matrix.size(-2) > matrix.size(-1)
-    if tall:  # the Gram matrix XXᵀ is then the smaller of the two
-        x = x.mT
-    *batch, m, n = x.shape
-    x = x.reshape(-1, m, n)
+    a, b, c = COEFFICIENTS
+    x = x.view(-1, *x.shape[-2:])
     for _ in range(steps):
         gram = x @ x.mT  # XXᵀ
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b XXᵀ + c (XXᵀ)²
         x = torch.baddbmm(x, polynomial, x, beta=a)  # aX + (b XXᵀ + c (XXᵀ)²) X
-    x = x.view(*batch, m, n)
-    if tall:
-        x = x.mT
-    return x.to(matrix.dtype)
+    x = x.view(len(matrices), *batch, *x.shape[-2:])
+    return [(y.mT if tall else y).to(matrices[0].dtype) for y in x.unbind()]
+
+
+# Elements of a stack. The iteration takes about three times its memory; on CPUs larger ones are slower, too.
+STACKED = 1 << 26
+STACKED_ON_CPU = 5_000_000
+
+# Below it, products are too small for the matrix units to pay.
+MIN_BFLOAT16 = 128
+
+
+def _takes_bfloat16(matrix: Tensor) -> bool:
+    if matrix.dtype == torch.float64:
+        return False
+    return not matrix.is_cpu or (min(matrix.shape[-2:]) >= MIN_BFLOAT16 and torch.cpu._is_amx_tile_supported())
 
 
 def orthogonalize_svd(matrix: Tensor) -> Tensor:
@@ -78,9 +100,11 @@ def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
     for i, x in enumerate(matrices):
         stacks.setdefault((x.shape, x.dtype, x.device), []).append(i)
     result: list[Tensor] = [None] * len(matrices)
-    for indices in stacks.values():
-        # One batched product instead of many small ones: fewer launches, busier cores.
-        stack = torch.stack([matrices[i] for i in indices])
-        for i, x in zip(indices, newton_schulz(stack, steps).unbind(), strict=True):
-            result[i] = x
+    for (shape, _, device), indices in stacks.items():
+        height = max(1, (STACKED_ON_CPU if device.type == "cpu" else STACKED) // max(1, shape.numel()))
+        for start in range(0, len(indices), height):
+            chosen = indices[start : start + height]
+            stack = [matrices[i] for i in chosen]
+            for i, x in zip(chosen, _newton_schulz_of_a_stack(stack, steps), strict=True):
+                result[i] = x
     return result

@@ -7,27 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .correction import momentum
 from .newton_schulz import orthogonalize
-from .sharding import sharded_like, whole
+from .sharding import local, on_whole_matrices
 
 
 def shampoo(
-    params: list[Tensor], c: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], *, gamma: float
+    params: list[Tensor],
+    c: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    *,
+    gamma: float,
+    replicas: ProcessGroup | None = None,
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( s · NewtonSchulz(m_t) + λ x ).
 
     Modifies the parameters and "exp_avg" in their state; not ``c``. ``gamma`` is passed on to
-    :func:`~hf_mars.optim.correction.momentum`.
+    :func:`~hf_mars.optim.correction.momentum`, ``replicas`` to :func:`~hf_mars.optim.sharding.on_whole_matrices`.
     """
-    m = momentum([state["exp_avg"] for state in states], c, beta1=group["betas"][0], gamma=gamma)
-    # A shard of a matrix cannot be orthogonalised by itself: every rank does it for the whole and keeps its shard.
-    matrices = [as_matrix(whole(x), group["layout"]) for x in m]
-    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-    for param, orthogonal in zip(params, orthogonalize(matrices, group["ns_steps"]), strict=True):
-        s = scale(orthogonal.shape, group["layout"], group["adjust_lr_fn"])
-        param.add_(sharded_like(orthogonal.reshape(param.shape), param), alpha=-group["lr"] * s)
+    m = momentum([local(state["exp_avg"]) for state in states], c, beta1=group["betas"][0], gamma=gamma)
+
+    def orthogonal(tensors: list[Tensor]) -> list[Tensor]:
+        matrices = [as_matrix(x, group["layout"]) for x in tensors]
+        results = orthogonalize(matrices, group["ns_steps"])
+        return [result.reshape(x.shape) for result, x in zip(results, tensors, strict=True)]
+
+    for param, update in zip(params, on_whole_matrices(orthogonal, m, params, replicas), strict=True):
+        s = scale(as_matrix(param, group["layout"]).shape, group["layout"], group["adjust_lr_fn"])
+        if group["weight_decay"]:
+            local(param).mul_(1 - group["lr"] * group["weight_decay"])
+        local(param).add_(update, alpha=-group["lr"] * s)
 
 
 def as_matrix(tensor: Tensor, layout: str) -> Tensor:

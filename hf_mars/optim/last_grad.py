@@ -1,0 +1,72 @@
+"""g_{t−1}: kept by taking over the gradient's memory where nobody can write to it any more, by value elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .correction import reads_are_free
+
+# Prototype of torch (checked with 2.11 and 2.13): the clone and the original share memory until either is written to.
+_lazy_clone = getattr(torch, "_lazy_clone", None)
+
+
+def remember(last_grads: list[Tensor], grads: list[Tensor], norms: list[Tensor] | None) -> list[Tensor]:
+    """g_t in the place of the g_{t−1} that this step used up. Non-finite entries become zero.
+
+    zero_grad(set_to_none=False), DDP's bucket views and gradient-reusing engines write into the very tensors in
+    ``grads``, so the values are copied, unless :func:`can_take_over` proves that a later write would be noticed. One
+    bad gradient must not stay in the correction, hence the zeros.
+
+    Args:
+        last_grads: memory that may be written to; its dtype is the result's.
+        grads: g_t. Not modified.
+        norms: something that is finite only where g_t is, 0-d, for each; or None.
+
+    Returns:
+        What to keep as g_{t−1}: members of ``last_grads``, or lazy clones of members of ``grads``.
+    """
+    may_take_over = norms is not None and reads_are_free(grads)
+    result = []
+    for i, (last_grad, grad) in enumerate(zip(last_grads, grads, strict=True)):
+        alike = last_grad.dtype == grad.dtype and last_grad.stride() == grad.stride()
+        if may_take_over and alike and can_take_over(grad) and norms[i].isfinite():
+            last_grad = _lazy_clone(grad)
+        else:
+            torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=last_grad)
+        result.append(last_grad)
+    return result
+
+
+def can_take_over(grad: Tensor) -> bool:
+    """Whether memory of ``grad`` may be kept as g_{t−1} without copying it.
+
+    torch makes the copy by itself if anything writes to ``grad`` through torch later ("copy on write"); if the
+    gradient is dropped instead, as zero_grad(set_to_none=True) does, there never is one. What could write behind
+    torch's back is excluded: other tensors in the same memory (buckets, flat buffers, ``.data``), memory that is
+    NumPy's, shared between processes or exported through DLPack, and accelerators, whose captured graphs write to
+    addresses.
+    """
+    if _lazy_clone is None or type(grad) is not Tensor or not grad.is_cpu or grad._is_view():
+        return False
+    storage = grad.untyped_storage()
+    return (
+        _owners(grad) == _OWNERS_OF_A_FRESH_GRADIENT
+        and storage.resizable()  # .numpy() makes it fixed
+        and not storage.is_shared()
+        and storage.nbytes() == grad.numel() * grad.element_size()
+    )
+
+
+def _owners(tensor: Tensor) -> tuple[int, int]:
+    """How many hold the tensor (Python's variables count as one), and how many hold its memory."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _owners_of_a_fresh_gradient() -> tuple[int, int]:
+    param = torch.nn.Parameter(torch.zeros(1))
+    param.grad = torch.zeros(1)
+    return _owners(param.grad)
+
+
+_OWNERS_OF_A_FRESH_GRADIENT = _owners_of_a_fresh_gradient()
