@@ -1,7 +1,10 @@
 """``python -m hf_mars script.py …`` runs any training script with MARS's optimizer names registered."""
 
+import os
 import runpy
 import sys
+import types
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from hf_mars.trainer.callbacks import diagnose_every_trainer
@@ -25,8 +28,8 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
-    if not as_module and not Path(argv[0]).exists():
-        print(f"python -m hf_mars: can't open file {argv[0]!r}: no such file", file=sys.stderr)
+    if not as_module and not Path(argv[0]).is_file():
+        print(f"python -m hf_mars: there is no file {argv[0]!r}", file=sys.stderr)
         sys.exit(2)  # python's own code for it
     sys.argv = argv
     sys.excepthook = _without_our_frames(sys.excepthook)
@@ -36,17 +39,27 @@ def main(argv: list[str]) -> None:
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(Path(argv[0]).resolve().parent)
-        runpy.run_path(argv[0], run_name="__main__")
+        _run_script(os.path.join(os.getcwd(), argv[0]))
+
+
+def _run_script(path: str) -> None:
+    """As python runs a file. runpy.run_path would change sys.argv[0], and restore the old ``__main__`` too early."""
+    module = types.ModuleType("__main__")
+    module.__file__ = path
+    module.__loader__ = SourceFileLoader("__main__", path)
+    code = compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
+    sys.modules["__main__"] = module
+    exec(code, module.__dict__)
 
 
 def _without_our_frames(excepthook):
     """Tracebacks begin at the script, as python's do, not at the frames that lead there."""
-    ours = (__file__, runpy.run_path.__code__.co_filename)
+    ours = (__file__, runpy.run_module.__code__.co_filename)
 
     def hook(kind, error, traceback):
         while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
             traceback = traceback.tb_next
-        excepthook(kind, error, traceback)
+        excepthook(kind, error.with_traceback(traceback), traceback)
 
     return hook
 

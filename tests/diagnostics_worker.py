@@ -21,7 +21,7 @@ def main():
     for engine in (None, "fsdp2"):
         model = make_model()
         wrapped = model if engine is None else wrap(engine, model, init_device_mesh("cpu", (2,)))
-        optimizer = MarsAdamW(model.parameters(), max_norm=1.0)
+        optimizer = MarsAdamW(model.parameters(), max_norm=0.6)
         for batch in x:
             optimizer.zero_grad()
             (wrapped(batch) ** 2).mean().backward()

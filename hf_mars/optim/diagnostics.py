@@ -2,106 +2,133 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .correction import scaling
 from .groups import KINDS
 from .mars import Mars
-from .sharding import whole
+from .sharding import _sharded_dims, local, local_grad
+
+
+class _Sums(NamedTuple):
+    """Sums over the elements of one tensor; the gradient difference is weighted with κ. p is g_prev."""
+
+    gg: float
+    difference: float
+    gp: float
+    pp: float
+    cc: float
 
 
 @torch.no_grad()
 def step_diagnostics(optimizer: Mars) -> dict[str, float]:
     """Describe the step that ``optimizer.step()`` would take with the present gradients. Changes nothing.
 
-    Sums run over all elements of all tensors that have a gradient and are corrected (γ > 0: not the 1d parameters, by
-    default). Call it between the last backward pass and ``step()``, on every rank. It reads the device once and needs
-    memory for two copies of the largest gradient.
+    Call it between the last backward pass and ``step()``, on every rank. It reads the device once and needs memory
+    for about three copies of the largest gradient (of each rank's part of it).
 
     Returns:
-        "correction_ratio": ‖κ (g_t − g_prev)‖ / ‖g_t‖, where g_prev is g_{t−1}, in exact mode ∇f(x_{t−1}, ξ_t). Zero
-            at a tensor's first gradient, where c_1 = g_1.
-        "gradient_cosine": ⟨g_t, g_prev⟩ / (‖g_t‖ ‖g_prev‖), over the tensors that have a g_prev.
+        "correction_ratio": ‖κ (g_t − g_prev)‖ / ‖g_t‖ over all elements of all tensors with a gradient and γ > 0 (not
+            the 1d parameters, by default). g_prev is g_{t−1}, in exact mode ∇f(x_{t−1}, ξ_t); at a tensor's first
+            gradient it is g_t itself, since c_1 = g_1.
+        "gradient_cosine": ⟨g_t, g_prev⟩ / (‖g_t‖ ‖g_prev‖) over those of them whose first gradient is past.
         "clipped_fraction": the number of tensors with ‖c_t‖ > max_norm, over those that have a max_norm.
         "lr_matrix", "lr_embedding", "lr_1d": the learning rate of the first group of that kind.
 
-        A value that cannot be known, or that divides zero by zero, is left out: the first two where the optimizer
-        keeps no g_{t−1} of a corrected tensor (γ = 0, or Lion and Shampoo with max_norm=None).
+        A value that cannot be known, or that would divide by zero, is left out: the first two where no tensor is
+        corrected (γ = 0) or the optimizer does without g_{t−1} (Lion and Shampoo with max_norm=None).
     """
+    params, sums = [], []
+    settings: list[tuple[dict[str, Any], bool]] = []
     rates: dict[str, float] = {}
-    sums: list[Tensor] = []
     previous_known = True
     for group in optimizer.param_groups:
-        params = [param for param in group["params"] if param.grad is not None]
         if group["params"]:
-            rates.setdefault(f"lr_{group['kind']}", float(group["lr"]))
-        kappa = scaling(group["gamma"], group["betas"][0])
+            rates.setdefault(group["kind"], float(group["lr"]))
+        kappa = _kappa(group)
         if kappa == 0 and group["max_norm"] is None:
             continue
-        for param in params:
-            previous = _previous_gradient(optimizer, param, group["exact"]) if kappa else None
-            if kappa and previous is None and not group["exact"] and "exp_avg" in optimizer.state[param]:
-                previous_known = False  # one moving average does the correction's work; there is no clip either
+        for param in group["params"]:
+            if param.grad is None:
                 continue
-            sums.append(_tensor_sums(param.grad, previous, kappa, group["max_norm"]))
-    measured = _ratios(sums, previous_known) if sums else {}
-    return {**measured, **{name: rates[name] for name in (f"lr_{kind}" for kind in KINDS) if name in rates}}
+            previous = _previous_gradient(optimizer, param, group["exact"]) if kappa else None
+            if kappa and previous is None and not group["exact"] and "exp_avg" in optimizer.state.get(param, ()):
+                previous_known = False  # a single moving average does the correction's work
+                continue
+            params.append(param)
+            sums.append(_local_sums(local_grad(param), previous, kappa))
+            settings.append((group, previous is not None))
+    rows = [_Sums(*row) for row in _whole_sums(sums, params)]
+    ratios = _ratios(rows, settings, previous_known)
+    return {**ratios, **{f"lr_{kind}": rates[kind] for kind in KINDS if kind in rates}}
+
+
+def _kappa(group: dict[str, Any]) -> float:
+    return scaling(group["gamma"], group["betas"][0])
 
 
 def _previous_gradient(optimizer: Mars, param: Tensor, exact: bool) -> Tensor | None:
-    """What κ's bracket subtracts from g_t; None at a tensor's first gradient, where it subtracts g_t itself."""
+    """This rank's part of what κ's bracket subtracts from g_t; None at a tensor's first gradient."""
     if not exact:
-        return optimizer.state[param]["last_grad"] if "last_grad" in optimizer.state.get(param, ()) else None
+        last_grad = optimizer.state.get(param, {}).get("last_grad")
+        return None if last_grad is None else local(last_grad)
     if not optimizer._previous_grads:
         return None
+    # No gradient there: the parameter took no part in this batch at x_{t−1}.
     previous = optimizer._previous_grads.get(param)
-    return torch.zeros_like(param.grad) if previous is None else previous
+    return torch.zeros_like(local_grad(param)) if previous is None else local_grad(param, previous)
 
 
-def _tensor_sums(grad: Tensor, previous: Tensor | None, kappa: float, max_norm: float | None) -> Tensor:
-    """One tensor's terms of the sums that :func:`_ratios` divides, float64, on the tensor's device.
-
-    In order: corrected ‖g‖², ‖κ (g − g_prev)‖²; ⟨g, g_prev⟩, ‖g‖² and ‖g_prev‖² where there is a g_prev; whether the
-    tensor is clipped; whether it can be.
-    """
-    g = grad.to(torch.promote_types(grad.dtype, torch.float32))  # products of halves leave their range
-    norm = _norm(g)
-    zero = torch.zeros_like(norm)
-    difference, product, previous_norm, corrected_norm = zero, zero, zero, norm
-    if previous is not None:
-        p = previous.to(g.dtype)
-        product, previous_norm = whole((g * p).sum()).double(), _norm(p)
-        scaled = (g - p).mul_(kappa)
-        difference = _norm(scaled)
-        corrected_norm = _norm(scaled.add_(g))
-    squared = norm**2
-    return torch.stack(
-        [
-            squared if kappa else zero,
-            difference**2,
-            product,
-            squared if previous is not None else zero,
-            previous_norm**2,
-            zero if max_norm is None else (corrected_norm > max_norm).to(norm.dtype),
-            zero + (max_norm is not None),
-        ]
-    )
+def _local_sums(grad: Tensor, previous: Tensor | None, kappa: float) -> Tensor:
+    """:class:`_Sums` of this rank's part of one tensor, on its device, in float32 or better."""
+    g = grad.to(torch.promote_types(grad.dtype, torch.float32))  # squares of halves leave their range
+    gg = _dot(g, g)
+    if previous is None:
+        return torch.stack([gg, *torch.zeros_like(gg).expand(3), gg])
+    p = previous.to(g.dtype)
+    difference = (g - p).mul_(kappa)
+    c = g + difference
+    return torch.stack([gg, _dot(difference, difference), _dot(g, p), _dot(p, p), _dot(c, c)])
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    return whole(torch.linalg.vector_norm(tensor)).double()
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
 
 
-def _ratios(sums: list[Tensor], previous_known: bool) -> dict[str, float]:
-    device = sums[0].device  # a model may be spread over several
-    total = torch.stack([s.to(device, non_blocking=True) for s in sums]).sum(0).tolist()
-    corrected, difference, product, with_previous, previous, clipped, clippable = total
+def _whole_sums(sums: list[Tensor], params: list[Tensor]) -> list[list[float]]:
+    """Add up the sums of all ranks' parts, with one small all-reduce for all tensors that are sharded alike."""
+    if not sums:
+        return []
+    values = torch.stack([s.to(sums[0].device, non_blocking=True) for s in sums])  # a model may be on several devices
+    sharded: dict[tuple, list[int]] = {}
+    for i, param in enumerate(params):
+        if isinstance(param, DTensor):
+            sharded.setdefault((param.device_mesh, _sharded_dims(param)), []).append(i)
+    for (mesh, mesh_dims), indices in sharded.items():
+        parts = values[indices]
+        for mesh_dim in mesh_dims:
+            dist.all_reduce(parts, group=mesh.get_group(mesh_dim))
+        values[indices] = parts
+    return values.tolist()
+
+
+def _ratios(rows: list[_Sums], settings: list[tuple[dict[str, Any], bool]], previous_known: bool) -> dict[str, float]:
+    both = list(zip(rows, settings, strict=True))
+    corrected = [row for row, (group, _) in both if _kappa(group) > 0]
+    compared = [row for row, (_, has_previous) in both if has_previous]
+    clippable = [row.cc**0.5 > group["max_norm"] for row, (group, _) in both if group["max_norm"] is not None]
     ratios = {}
-    if previous_known and corrected != 0:
-        ratios["correction_ratio"] = (difference / corrected) ** 0.5
-    if previous_known and with_previous * previous != 0:
-        ratios["gradient_cosine"] = product / (with_previous**0.5 * previous**0.5)
+    gg = sum(row.gg for row in corrected)
+    if previous_known and gg != 0:
+        ratios["correction_ratio"] = (sum(row.difference for row in corrected) / gg) ** 0.5
+    norms = sum(row.gg for row in compared) ** 0.5 * sum(row.pp for row in compared) ** 0.5
+    if previous_known and norms != 0:
+        ratios["gradient_cosine"] = sum(row.gp for row in compared) / norms
     if clippable:
-        ratios["clipped_fraction"] = clipped / clippable
+        ratios["clipped_fraction"] = sum(clippable) / len(clippable)
     return ratios
