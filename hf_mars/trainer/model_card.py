@@ -46,11 +46,9 @@ def _with_mars(extract):
 def _optimizer_to_be(args) -> Mars:
     """What a Trainer that has not trained yet would make, on a parameter of each kind."""
     optimizer_cls = VARIANTS[mars_name(args)].optimizer_cls
-    kinds = KINDS if optimizer_cls is MarsShampoo else ("matrix", "1d")  # the others tell no embeddings
-    shapes = {"1d": (1,)}
-    groups = [
-        {"params": [torch.zeros(shapes.get(k, (1, 1)))], "kind": k, "weight_decay": args.weight_decay} for k in kinds
-    ]
+    kinds = KINDS if optimizer_cls is MarsShampoo else ("matrix", "1d")  # the others know no embeddings
+    groups = [{"params": [torch.zeros(1, 1)], "kind": kind, "weight_decay": args.weight_decay} for kind in kinds]
+    groups[-1].update(params=[torch.zeros(1)], weight_decay=0.0)
     return optimizer_cls(groups, **hyperparameters(args))
 
 
