@@ -2,10 +2,10 @@
 
     python benchmarks/step_time.py [--compile] [--json FILE]
 
-Parameters: all of GPT-2 small (124M), its hidden matrices, and a set of LoRA matrices (hundreds of small tensors), all
-float32. One process; the optimizers take turns, so that the machine's other load falls on all alike; medians, and ratios
-to the first of each table. Gradients are random, small enough not to be clipped, and new tensors in every step, as
-zero_grad(set_to_none=True) and a backward pass leave them. On CUDA, if there is one, otherwise on the CPU.
+Parameters: all of GPT-2 small (124M), its hidden matrices, and a set of LoRA matrices (hundreds of small tensors), in
+float32. One process; the optimizers take turns, so that the machine's other load falls on all alike; medians, and
+ratios to the first of each table. Gradients are random, too small to be clipped, and new tensors in every step,
+as zero_grad(set_to_none=True) and a backward pass leave them. On CUDA, if there is one, otherwise on the CPU.
 
 "extra peak" is what step() allocates beyond parameters, gradients and state. pytorch_optimizer's MARS is measured where
 that package is installed (the `bench` extra).
@@ -38,7 +38,7 @@ def parameter_sets():
 
 
 def contestants():
-    """set of parameters -> {name: a function that makes the optimizer}; the first is what the others are compared to."""
+    """set of parameters -> {name: what makes the optimizer}; the others are compared to the first."""
     elementwise = {
         "AdamW(fused=True)": lambda params: torch.optim.AdamW(params, fused=True),
         "MarsAdamW": MarsAdamW,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
@@ -20,6 +21,7 @@ def adamw(
     "exp_avg" (m), "exp_avg_sq" (v) and "step" (t); not ``c``.
     """
     beta1, beta2 = group["betas"]
+    compiling = torch.compiler.is_compiling()  # the compiler fuses by itself, and cannot look into a fused kernel
     torch_adamw(
         [local(param) for param in params],
         c,
@@ -27,8 +29,8 @@ def adamw(
         [local(state["exp_avg_sq"]) for state in states],
         [],
         [state["step"] for state in states],
-        foreach=group["foreach"],
-        fused=group["fused"],
+        foreach=False if compiling else group["foreach"],
+        fused=False if compiling else group["fused"],
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

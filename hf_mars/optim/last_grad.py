@@ -32,8 +32,10 @@ def remember(last_grads: list[Tensor], grads: list[Tensor], norms: list[Tensor] 
         alike = last_grad.dtype == grad.dtype and last_grad.stride() == grad.stride()
         if may_take_over and alike and can_take_over(grad) and norms[i].isfinite():
             last_grad = _lazy_clone(grad)
-        else:
+        elif last_grad.dtype == grad.dtype:
             torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=last_grad)
+        else:
+            last_grad.copy_(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
         result.append(last_grad)
     return result
 

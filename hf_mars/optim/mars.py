@@ -21,8 +21,8 @@ from .hyperparameters import check_hyperparameters, dtype_of
 from .last_grad import remember
 from .lion import lion
 from .precision import AVERAGES, needs_compensation, needs_wide_copies, widened
-from .sharding import is_sharded, local, local_grad, norms
 from .shampoo import shampoo
+from .sharding import is_sharded, local, local_grad, norms
 
 UPDATES = {"adamw": adamw, "lion": lion, "shampoo": shampoo}
 
@@ -384,9 +384,7 @@ class Mars(Optimizer):
             return [grad.clone() for grad in grads]  # x_0 = x_1
         # No gradient there: the parameter took no part in this batch at x_{t−1} (an expert not routed to).
         return [
-            local_grad(param, self._previous_grads[param])
-            if param in self._previous_grads
-            else torch.zeros_like(grad)
+            local_grad(param, self._previous_grads[param]) if param in self._previous_grads else torch.zeros_like(grad)
             for param, grad in zip(params, grads, strict=True)
         ]
 

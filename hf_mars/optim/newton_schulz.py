@@ -21,9 +21,9 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     Returns:
         A tensor of the same shape, dtype and device. A zero matrix gives zeros.
 
-    Accelerators compute in bfloat16, which the iteration tolerates by design (float64 stays float64 on CPUs), and so do
-    CPUs with matrix units (AMX) from MIN_BFLOAT16 rows and columns on, where it is three to six times faster than
-    float32. Other CPUs compute in float32.
+    Accelerators compute in bfloat16, which the iteration tolerates by design, and so do CPUs with matrix units (AMX)
+    from MIN_BFLOAT16 rows and columns on, where it is three to six times faster. Other CPUs compute in float32.
+    float64 stays float64.
     """
     return _newton_schulz_of_a_stack([matrix], steps)[0]
 

@@ -6,6 +6,7 @@ parameter: the norm of the clip (:func:`norms`) and orthogonalisation (:func:`on
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -97,8 +98,8 @@ def on_whole_matrices(
     results: list[Tensor] = [None] * len(parts)
     ways: dict[tuple, list[int]] = {}
     for i, param in enumerate(params):
-        ways.setdefault(_way(param, replicas), []).append(i)
-    for (way, *where), indices in ways.items():
+        ways.setdefault((parts[i].dtype, parts[i].device, *_way(param, replicas)), []).append(i)
+    for (_, _, way, *where), indices in ways.items():
         chosen_parts, chosen_params = [parts[i] for i in indices], [params[i] for i in indices]
         for i, result in zip(indices, way(function, chosen_parts, chosen_params, *where), strict=True):
             results[i] = result
@@ -109,11 +110,11 @@ def _way(param: Tensor, replicas: dist.ProcessGroup | None) -> tuple:
     """Which of the functions below works on ``param``, and its further arguments."""
     if not isinstance(param, DTensor):
         shares = replicas is not None and replicas.size() > 1
-        return (_on_replicas, replicas, param.dtype, param.device) if shares else (_on_every_rank,)
+        return (_on_replicas, replicas) if shares else (_on_every_rank,)
     mesh_dims = _sharded_dims(param)
     if len(mesh_dims) == 1 and type(param.placements[mesh_dims[0]]) is Shard:
         group = param.device_mesh.get_group(mesh_dims[0])
-        return (_on_owners, group, param.placements[mesh_dims[0]].dim, param.dtype)
+        return (_on_owners, group, param.placements[mesh_dims[0]].dim)
     return (_on_gathered,)
 
 
@@ -138,52 +139,69 @@ def _on_gathered(function: Function, parts: list[Tensor], params: list[Tensor]) 
 
 
 def _on_replicas(
-    function: Function, parts: list[Tensor], params: list[Tensor], group: dist.ProcessGroup, dtype, device
+    function: Function, parts: list[Tensor], params: list[Tensor], group: dist.ProcessGroup
 ) -> list[Tensor]:
     owners = _owners(params, group.size())
-    counts = [0] * group.size()
-    for owner, part in zip(owners, parts, strict=True):
-        counts[owner] += part.numel()
-    mine = function([part for owner, part in zip(owners, parts, strict=True) if owner == group.rank()])
-    sent = torch.zeros(max(counts), dtype=dtype, device=device)  # an all-gather wants equal sizes
-    for place, result in zip(sent.split([*(r.numel() for r in mine), max(counts) - counts[group.rank()]]), mine):
-        place.copy_(result.flatten())
-    received = sent.new_empty(group.size(), max(counts))
-    dist.all_gather_into_tensor(received.view(-1), sent, group=group)
-    results, starts = [], [0] * group.size()
-    for owner, part in zip(owners, parts, strict=True):
-        results.append(received[owner].narrow(0, starts[owner], part.numel()).view(part.shape))
-        starts[owner] += part.numel()
+    of_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in range(group.size())]
+    longest = max(sum(parts[i].numel() for i in theirs) for theirs in of_owner)
+    sent = parts[0].new_zeros(longest)  # an all-gather wants equal sizes
+    mine = _pack(function([parts[i] for i in of_owner[group.rank()]]), like=sent)
+    sent[: mine.numel()] = mine
+    received = sent.new_empty(group.size() * longest)
+    dist.all_gather_into_tensor(received, sent, group=group)
+    results: list[Tensor] = [None] * len(parts)
+    for theirs, buffer in zip(of_owner, received.split(longest), strict=True):
+        for i, result in zip(theirs, _unpack(buffer, [parts[i].shape for i in theirs]), strict=True):
+            results[i] = result
     return results
 
 
 def _on_owners(
-    function: Function, parts: list[Tensor], params: list[Tensor], group: dist.ProcessGroup, dim: int, dtype
+    function: Function, parts: list[Tensor], params: list[Tensor], group: dist.ProcessGroup, dim: int
 ) -> list[Tensor]:
-    ranks, rank = group.size(), group.rank()
-    owners = _owners(params, ranks)
-    of_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in range(ranks)]
-    mine = of_owner[rank]
-    # shapes[i][r]: shape of rank r's shard of the i-th tensor.
-    shapes = [_shard_shapes(param.shape, ranks, dim) for param in params]
+    ranks = range(group.size())
+    owners = _owners(params, len(ranks))
+    of_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in ranks]
+    mine = of_owner[group.rank()]
+    shapes = [
+        _shard_shapes(param.shape, len(ranks), dim) for param in params
+    ]  # shapes[i][r]: the i-th tensor's, rank r's
 
-    sent = [torch.cat([parts[i].flatten() for i in theirs] or [parts[0].new_empty(0)]) for theirs in of_owner]
-    received = _all_to_all(sent, [sum(math.prod(shapes[i][r]) for i in mine) for r in range(ranks)], group)
-    shards = [
-        piece.split([math.prod(shapes[i][r]) for i in mine]) if mine else () for r, piece in enumerate(received)
-    ]
-    wholes = [
-        torch.cat([shards[r][n].view(shapes[i][r]) for r in range(ranks)], dim=dim) for n, i in enumerate(mine)
-    ]
+    # To every owner my shards of its tensors; from every rank its shards of mine.
+    buffers = _all_to_all(
+        [_pack([parts[i] for i in theirs], like=parts[0]) for theirs in of_owner],
+        [sum(math.prod(shapes[i][r]) for i in mine) for r in ranks],
+        group,
+    )
+    shards = [_unpack(buffers[r], [shapes[i][r] for i in mine]) for r in ranks]
+    wholes = [torch.cat(shards_of_one, dim) for shards_of_one in zip(*shards, strict=True)]
 
-    cut = [result.split([shape[dim] for shape in shapes[i]], dim) for i, result in zip(mine, function(wholes))]
-    sent = [torch.cat([pieces[r].flatten() for pieces in cut] or [parts[0].new_empty(0)]) for r in range(ranks)]
-    received = _all_to_all(sent, [sum(parts[i].numel() for i in theirs) for theirs in of_owner], group)
+    # The same way back.
+    cut = [
+        result.split([shape[dim] for shape in shapes[i]], dim)
+        for i, result in zip(mine, function(wholes), strict=True)
+    ]
+    buffers = _all_to_all(
+        [_pack([pieces[r] for pieces in cut], like=parts[0]) for r in ranks],
+        [sum(parts[i].numel() for i in theirs) for theirs in of_owner],
+        group,
+    )
     results: list[Tensor] = [None] * len(parts)
-    for theirs, piece in zip(of_owner, received, strict=True):
-        for i, result in zip(theirs, piece.split([parts[i].numel() for i in theirs]) if theirs else ()):
-            results[i] = result.view(parts[i].shape)
+    for theirs, buffer in zip(of_owner, buffers, strict=True):
+        for i, result in zip(theirs, _unpack(buffer, [parts[i].shape for i in theirs]), strict=True):
+            results[i] = result
     return results
+
+
+def _pack(tensors: list[Tensor], *, like: Tensor) -> Tensor:
+    """All elements in one vector, empty if there are no tensors."""
+    return torch.cat([t.flatten() for t in tensors]) if tensors else like.new_empty(0)
+
+
+def _unpack(buffer: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Tensors of these shapes out of the beginning of a vector."""
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+    return [buffer[end - math.prod(shape) : end].view(shape) for end, shape in zip(ends, shapes, strict=True)]
 
 
 def _all_to_all(sent: list[Tensor], counts: list[int], group: dist.ProcessGroup) -> list[Tensor]:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from ..optim import MarsAdamW, MarsLion, MarsShampoo, parameter_roles
@@ -73,6 +75,9 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], bool]]] = {
     "beta1_1d": _BETA,
     "beta2_1d": _BETA,
     "optimize_1d": _as_in_optimizer("optimize_1d", _bool),
+    "last_grad_dtype": _as_in_optimizer("last_grad_dtype", _or_none(str)),
+    "state_dtype": _as_in_optimizer("state_dtype", _or_none(str)),
+    "kahan_sum": _as_in_optimizer("kahan_sum", _or_none(_bool)),
     "foreach": _as_in_optimizer("foreach", _or_none(_bool)),
     "fused": _as_in_optimizer("fused", _or_none(_bool)),
 }
@@ -196,4 +201,6 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         if model is None:
             raise ValueError(f"optim={mars_name(args)!r} needs the model, to tell embeddings from hidden matrices")
         kwargs["roles"] = parameter_roles(model)
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
+            kwargs["process_group"] = torch.distributed.group.WORLD
     return optimizer_cls, kwargs
