@@ -2,6 +2,7 @@
 
 from .optim import MarsAdamW, MarsLion, MarsShampoo
 from .trainer.arguments import MarsTrainingArguments
+from .trainer.callbacks import MarsDiagnosticsCallback
 from .trainer.param_groups import param_groups
 from .trainer.registry import register
 from .trainer.trainer import MarsTrainer
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MarsAdamW",
+    "MarsDiagnosticsCallback",
     "MarsLion",
     "MarsShampoo",
     "MarsTrainer",

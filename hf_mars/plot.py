@@ -1,6 +1,6 @@
-"""Loss curves of finished or running trainings, as one picture.
+"""Loss curves of finished or running trainings, as one picture; what MARS did in them, as another.
 
-``python -m hf_mars.plot OUTPUT_DIR [OUTPUT_DIR …] --output loss.png``
+``python -m hf_mars.plot OUTPUT_DIR [OUTPUT_DIR …] --output loss.png --diagnostics diagnostics.png``
 """
 
 from __future__ import annotations
@@ -10,6 +10,18 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+# Panels of the picture of diagnostics: what is logged, the axis label, the line's style and its name in the legend.
+PANELS = (
+    ("‖κ (g_t − g_prev)‖ / ‖g_t‖", {"mars/correction_ratio": ("-", "")}),
+    ("cosine of g_t and g_prev", {"mars/gradient_cosine": ("-", "")}),
+    ("fraction of clipped tensors", {"mars/clipped_fraction": ("-", "")}),
+    (
+        "learning rate",
+        {"mars/lr_matrix": ("-", "matrices"), "mars/lr_embedding": (":", "embeddings"), "mars/lr_1d": ("--", "1d")},
+    ),
+)
 
 
 def loss_history(output_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -24,15 +36,26 @@ def loss_history(output_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
     Raises:
         FileNotFoundError: there is no trainer_state.json.
     """
+    return {key: _series(_log_history(output_dir), key) for key in ("loss", "eval_loss")}
+
+
+def _log_history(output_dir: str | Path) -> list[dict[str, Any]]:
     output_dir = Path(output_dir)
     states = [output_dir / "trainer_state.json"]
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     states += sorted((p / "trainer_state.json" for p in checkpoints), key=lambda p: -int(p.parent.name.split("-")[1]))
     for state in states:
         if state.is_file():
-            log = json.loads(state.read_text())["log_history"]
-            return {key: [(row["step"], row[key]) for row in log if key in row] for key in ("loss", "eval_loss")}
+            return json.loads(state.read_text())["log_history"]
     raise FileNotFoundError(f"no trainer_state.json in {output_dir} or in a checkpoint of it")
+
+
+def _series(log: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in log if key in row]
+
+
+def _label(output_dir: str | Path) -> str:
+    return Path(output_dir).resolve().name
 
 
 def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
@@ -46,17 +69,12 @@ def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
         FileNotFoundError: see :func:`loss_history`.
         ValueError: a run has logged no loss.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = _figure(figsize=(7, 4.5))
     for i, output_dir in enumerate(output_dirs):
         history = loss_history(output_dir)
         if not any(history.values()):
             raise ValueError(f"{output_dir} has no logged loss; train with --logging_steps, or evaluate")
-        label, color = Path(output_dir).resolve().name, f"C{i}"
+        label, color = _label(output_dir), f"C{i}"
         if history["loss"]:
             axes.plot(
                 *zip(*history["loss"], strict=True), color=color, linewidth=1, alpha=0.6, label=f"{label}: training"
@@ -69,19 +87,62 @@ def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+
+
+def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> None:
+    """Draw what MARS did in runs (docs/diagnostics.md) over their steps: four panels, a color a run.
+
+    Args:
+        output_dirs: Trainer output_dirs; their folder names label the colors.
+        path: the file to write; its suffix (.png, .svg, .pdf) decides the format.
+
+    Raises:
+        FileNotFoundError: see :func:`loss_history`.
+        ValueError: a run has logged no diagnostics.
+    """
+    figure, panels = _figure(2, 2, sharex=True, figsize=(9, 6))
+    for i, output_dir in enumerate(output_dirs):
+        log = _log_history(output_dir)
+        if not any(_series(log, key) for _, lines in PANELS for key in lines):
+            raise ValueError(f"{output_dir} has no logged diagnostics; see docs/diagnostics.md")
+        for axes, (_, lines) in zip(panels.flat, PANELS, strict=True):
+            for key, (style, name) in lines.items():
+                points = _series(log, key)
+                if points:
+                    label = f"{_label(output_dir)}: {name}" if name else _label(output_dir)
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{i}", linewidth=1, label=label)
+    for axes, (title, _) in zip(panels.flat, PANELS, strict=True):
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+        if axes.lines:  # a form of MARS that keeps no g_{t−1} logs less
+            axes.legend(fontsize="small")
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    figure.savefig(path, dpi=150)
+
+
+def _figure(*shape, figsize, **settings):
+    """A figure of its own, with axes; it goes with its last reference, and no display is needed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hf_mars.plot", description="Draw loss curves of training runs.")
     parser.add_argument("output_dirs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a run")
     parser.add_argument("--output", default="loss.png", help="the picture to write (default: loss.png)")
+    parser.add_argument("--diagnostics", metavar="PICTURE", help="also draw what MARS did into this picture")
     arguments = parser.parse_args(argv)
     try:
         plot_losses(arguments.output_dirs, arguments.output)
+        print(f"wrote {arguments.output}")
+        if arguments.diagnostics is not None:
+            plot_diagnostics(arguments.output_dirs, arguments.diagnostics)
+            print(f"wrote {arguments.diagnostics}")
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,36 @@ def test_several_runs_make_one_picture(tmp_path, capsys):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+MARS_LOG = [
+    {"step": 1, "loss": 5.0, "mars/correction_ratio": 0.0, "mars/clipped_fraction": 0.5, "mars/lr_matrix": 0.2},
+    {"step": 2, "loss": 4.0, "mars/correction_ratio": 0.7, "mars/gradient_cosine": 0.1, "mars/lr_matrix": 0.1},
+]
+
+
+def test_diagnostics_make_another_picture(tmp_path, capsys):
+    write_state(tmp_path / "a", MARS_LOG)
+    write_state(tmp_path / "b", MARS_LOG[:1])
+    pictures = [str(tmp_path / name) for name in ("loss.png", "diagnostics.png")]
+    plot.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", pictures[0], "--diagnostics", pictures[1]])
+    assert capsys.readouterr().out == "".join(f"wrote {picture}\n" for picture in pictures)
+    assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_diagnostic_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *rest, **more: drawn.append((x, y)))
+    write_state(tmp_path, MARS_LOG)
+    plot.plot_diagnostics([tmp_path], tmp_path / "diagnostics.svg")
+    assert drawn == [((1, 2), (0.0, 0.7)), ((2,), (0.1,)), ((1,), (0.5,)), ((1, 2), (0.2, 0.1))]
+
+
+def test_a_run_without_diagnostics_is_said(tmp_path, capsys):
+    write_state(tmp_path)
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path), "--output", str(tmp_path / "loss.png"), "--diagnostics", str(tmp_path / "d.png")])
+    assert "no logged diagnostics" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("log", "message"), [(None, "trainer_state.json"), ([], "no logged loss")])
 def test_nothing_to_draw_is_said(tmp_path, capsys, log, message):
     if log is not None:

@@ -49,7 +49,8 @@ def check_not_flattened(param: Tensor) -> None:
 
 
 # Output heads of classification models, which have no get_output_embeddings(); attribute names in transformers.
-_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$")
+# PEFT trains a copy of them, where they are among its modules_to_save.
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)(\.modules_to_save\.[^.]+)?$")
 # Learnt position and class tokens that modules hold as bare parameters (position_embeddings, cls_token, pos_embed).
 _BARE_EMBEDDINGS = re.compile(r"(^|\.)[^.]*(embed|token)[^.]*$")
 

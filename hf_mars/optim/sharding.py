@@ -48,22 +48,30 @@ def _sharded_dims(param: DTensor) -> tuple[int, ...]:
 
 
 def norms(parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """‖·‖₂ of each whole tensor, given this rank's parts, as 0-d tensors on their device.
+    """‖·‖₂ of each whole tensor, given this rank's parts, as 0-d tensors on their device."""
+    values = _local_norms(parts)
+    if any(map(is_sharded, params)):
+        values = [square.sqrt_() for square in add_up([value.square() for value in values], params)]
+    return values
+
+
+def add_up(values: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """Sums over the ranks' parts of each of ``params``, given this rank's sums: tensors of one shape.
 
     One small all-reduce for all tensors that are sharded alike; none for tensors that are not sharded.
     """
-    values = _local_norms(parts)
+    sums = list(values)
     sharded: dict[tuple, list[int]] = {}
     for i, param in enumerate(params):
         if isinstance(param, DTensor):
             sharded.setdefault((param.device_mesh, _sharded_dims(param), values[i].dtype), []).append(i)
     for (mesh, mesh_dims, _), indices in sharded.items():
-        squares = torch.stack([values[i] for i in indices]).square_()
+        stacked = torch.stack([values[i] for i in indices])
         for mesh_dim in mesh_dims:
-            dist.all_reduce(squares, group=mesh.get_group(mesh_dim))
-        for i, value in zip(indices, squares.sqrt_().unbind(), strict=True):
-            values[i] = value
-    return values
+            dist.all_reduce(stacked, group=mesh.get_group(mesh_dim))
+        for i, value in zip(indices, stacked.unbind(), strict=True):
+            sums[i] = value
+    return sums
 
 
 def _local_norms(parts: list[Tensor]) -> list[Tensor]:

@@ -34,6 +34,10 @@ class MarsTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "β2, the decay of the second moment. Default: 0.99 for MARS, else transformers' (0.999)."},
     )
+    mars_diagnostics: bool = field(
+        default=True,
+        metadata={"help": "Log with the loss what MARS did at that step (with MarsTrainer; docs/diagnostics.md)."},
+    )
 
     def __post_init__(self):
         is_mars = str(getattr(self.optim, "value", self.optim)).startswith("mars_")

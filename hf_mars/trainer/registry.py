@@ -10,6 +10,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from .model_card import register_model_card
 from .options import VARIANTS, checked_settings, hyperparameters, mars_name, optimizer_cls_and_kwargs
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,7 @@ def register() -> None:
         _OPTIMIZER_HANDLERS[member] = _mars_handler
     if not hasattr(TrainingArguments.__post_init__, "_hf_mars"):
         TrainingArguments.__post_init__ = _checking_first(TrainingArguments.__post_init__)
+    register_model_card()
 
 
 def _mars_handler(ctx: OptimizerContext) -> tuple[Any, dict[str, Any]]:

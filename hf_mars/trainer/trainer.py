@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..optim.mars import Mars
 from .arguments import MarsTrainingArguments
+from .callbacks import MarsDiagnosticsCallback, mars_optimizer
 from .options import mars_name, optimizer_cls_and_kwargs
 
 
@@ -21,6 +22,9 @@ class MarsTrainer(Trainer):
     an update are first evaluated at x_{t−1}, then at x_t, each time with the same random numbers (dropout), loss
     scaling and clipping by the evaluation's own global norm. Logged loss, gradient norm and token counts are those of
     the evaluation at x_t; total_flos counts both.
+
+    What MARS does at logged steps is logged with the loss (:class:`MarsDiagnosticsCallback`) unless
+    ``args.mars_diagnostics`` is False.
 
     Subclasses that override ``training_step`` or ``compute_loss`` are called for both evaluations.
 
@@ -41,6 +45,8 @@ class MarsTrainer(Trainer):
         self._due: tuple[list[dict[str, Any]], Any] | None = None
         super().__init__(model, args, *rest, **kwargs)
         self.add_callback(_UpdateBegins(self))
+        if getattr(self.args, "mars_diagnostics", True):
+            MarsDiagnosticsCallback().attach(self)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
@@ -59,8 +65,8 @@ class MarsTrainer(Trainer):
 
     def _exact_optimizer(self) -> Mars | None:
         """The optimizer under accelerate's wrapper, if it is in exact mode."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        is_exact = isinstance(optimizer, Mars) and any(group["exact"] for group in optimizer.param_groups)
+        optimizer = mars_optimizer(self.optimizer)
+        is_exact = optimizer is not None and any(group["exact"] for group in optimizer.param_groups)
         return optimizer if is_exact else None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -1,0 +1,117 @@
+"""What the coming step of a MARS optimizer will do, in a few numbers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .correction import scaling
+from .groups import KINDS
+from .mars import Mars
+from .sharding import add_up, local, local_grad
+
+
+class _Sums(NamedTuple):
+    """Sums over the elements of one tensor; the gradient difference is weighted with κ. p is g_prev."""
+
+    gg: float
+    difference: float
+    gp: float
+    pp: float
+    cc: float
+
+
+@torch.no_grad()
+def step_diagnostics(optimizer: Mars) -> dict[str, float]:
+    """Describe the step that ``optimizer.step()`` would take with the present gradients. Changes nothing.
+
+    Call it between the last backward pass and ``step()``, on every rank. It reads the device once and needs memory
+    for about three copies of the largest gradient (of each rank's part of it).
+
+    Returns:
+        "correction_ratio": ‖κ (g_t − g_prev)‖ / ‖g_t‖ over all elements of all tensors with a gradient and γ > 0 (not
+            the 1d parameters, by default). g_prev is g_{t−1}, in exact mode ∇f(x_{t−1}, ξ_t); at a tensor's first
+            gradient it is g_t itself, since c_1 = g_1.
+        "gradient_cosine": ⟨g_t, g_prev⟩ / (‖g_t‖ ‖g_prev‖) over those of them whose first gradient is past.
+        "clipped_fraction": the number of tensors with ‖c_t‖ > max_norm, over those that have a max_norm.
+        "lr_matrix", "lr_embedding", "lr_1d": the learning rate of the first group of that kind.
+
+        A value that cannot be known, or that would divide by zero, is left out: the first two where no tensor is
+        corrected (γ = 0) or the optimizer does without g_{t−1} (Lion and Shampoo with max_norm=None).
+    """
+    params, sums = [], []
+    settings: list[tuple[dict[str, Any], bool]] = []
+    rates: dict[str, float] = {}
+    previous_known = True
+    for group in optimizer.param_groups:
+        if group["params"]:
+            rates.setdefault(group["kind"], float(group["lr"]))
+        kappa = _kappa(group)
+        if kappa == 0 and group["max_norm"] is None:
+            continue
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            previous = _previous_gradient(optimizer, param, group["exact"]) if kappa else None
+            if kappa and previous is None and not group["exact"] and "exp_avg" in optimizer.state.get(param, ()):
+                previous_known = False  # a single moving average does the correction's work
+                continue
+            params.append(param)
+            sums.append(_local_sums(local_grad(param), previous, kappa))
+            settings.append((group, previous is not None))
+    whole = add_up(sums, params)
+    # One read of the device, though a model may be on several.
+    rows = [_Sums(*row) for row in torch.stack([s.to(whole[0].device) for s in whole]).tolist()] if whole else []
+    ratios = _ratios(rows, settings, previous_known)
+    return {**ratios, **{f"lr_{kind}": rates[kind] for kind in KINDS if kind in rates}}
+
+
+def _kappa(group: dict[str, Any]) -> float:
+    return scaling(group["gamma"], group["betas"][0])
+
+
+def _previous_gradient(optimizer: Mars, param: Tensor, exact: bool) -> Tensor | None:
+    """This rank's part of what κ's bracket subtracts from g_t; None at a tensor's first gradient."""
+    if not exact:
+        last_grad = optimizer.state.get(param, {}).get("last_grad")
+        return None if last_grad is None else local(last_grad)
+    if not optimizer._previous_grads:
+        return None
+    # No gradient there: the parameter took no part in this batch at x_{t−1}.
+    previous = optimizer._previous_grads.get(param)
+    return torch.zeros_like(local_grad(param)) if previous is None else local_grad(param, previous)
+
+
+def _local_sums(grad: Tensor, previous: Tensor | None, kappa: float) -> Tensor:
+    """:class:`_Sums` of this rank's part of one tensor, on its device, in float32 or better."""
+    g = grad.to(torch.promote_types(grad.dtype, torch.float32))  # squares of halves leave their range
+    gg = _dot(g, g)
+    if previous is None:
+        return torch.stack([gg, *torch.zeros_like(gg).expand(3), gg])
+    p = previous.to(g.dtype)
+    difference = (g - p).mul_(kappa)
+    c = g + difference
+    return torch.stack([gg, _dot(difference, difference), _dot(g, p), _dot(p, p), _dot(c, c)])
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
+
+
+def _ratios(rows: list[_Sums], settings: list[tuple[dict[str, Any], bool]], previous_known: bool) -> dict[str, float]:
+    both = list(zip(rows, settings, strict=True))
+    corrected = [row for row, (group, _) in both if _kappa(group) > 0]
+    compared = [row for row, (_, has_previous) in both if has_previous]
+    clippable = [row.cc**0.5 > group["max_norm"] for row, (group, _) in both if group["max_norm"] is not None]
+    ratios = {}
+    gg = sum(row.gg for row in corrected)
+    if previous_known and gg != 0:
+        ratios["correction_ratio"] = (sum(row.difference for row in corrected) / gg) ** 0.5
+    norms = sum(row.gg for row in compared) ** 0.5 * sum(row.pp for row in compared) ** 0.5
+    if previous_known and norms != 0:
+        ratios["gradient_cosine"] = sum(row.gp for row in compared) / norms
+    if clippable:
+        ratios["clipped_fraction"] = sum(clippable) / len(clippable)
+    return ratios

@@ -1,0 +1,97 @@
+"""Diagnostics of a MARS run, in the Trainer's usual logs."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import transformers.trainer
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import IntervalStrategy, has_length
+
+from ..optim.diagnostics import step_diagnostics
+from ..optim.mars import Mars
+
+
+def mars_optimizer(optimizer: Optimizer | None) -> Mars | None:
+    """The MARS optimizer that ``optimizer`` is, or that accelerate has wrapped in it; else None."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return optimizer if isinstance(optimizer, Mars) else None
+
+
+class MarsDiagnosticsCallback(TrainerCallback):
+    """Adds to the logged loss what MARS did at that step: :func:`~hf_mars.optim.diagnostics.step_diagnostics`, each
+    name after "mars/".
+
+    Steps that are not logged measure nothing. The values go wherever the loss goes: ``log_history``,
+    ``trainer_state.json`` and the reporters (TensorBoard, Trackio, W&B). Reporters are called in their place in the
+    Trainer's list of callbacks, so this one must come before them: :class:`MarsTrainer` has it there;
+    ``MarsDiagnosticsCallback().attach(trainer)`` puts it there in any other Trainer. In ``Trainer(callbacks=[…])`` it
+    comes after them, and only ``log_history`` and ``trainer_state.json`` get the values.
+
+    With an optimizer that is not MARS's it does nothing.
+    """
+
+    def __init__(self):
+        self._flow = DefaultFlowCallback()
+        self._hook = None
+        self._diagnostics: dict[str, float] = {}
+
+    def attach(self, trainer: Trainer) -> None:
+        """Put this callback before the reporters of ``trainer``, unless it already has one of its class."""
+        callbacks = trainer.callback_handler.callbacks
+        if not any(isinstance(callback, MarsDiagnosticsCallback) for callback in callbacks):
+            callbacks.insert(0, self)
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.on_optimizer_step()  # of a run that broke off in its step
+        self._diagnostics = {}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ) -> None:
+        mars = mars_optimizer(optimizer)
+        if mars is not None and self._will_log(args, state, kwargs.get("train_dataloader")):
+            # Not yet: a gradient scaler (fp16) may unscale the gradients only on its way to step().
+            self._hook = mars.register_step_pre_hook(self._measure)
+
+    def _measure(self, optimizer: Mars, args: tuple, kwargs: dict) -> None:
+        self._diagnostics = {f"mars/{name}": value for name, value in step_diagnostics(optimizer).items()}
+
+    def on_optimizer_step(self, *args, **kwargs) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def on_step_begin(self, *args, **kwargs) -> None:
+        self._diagnostics = {}
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, float] | None = None, **kwargs) -> None:
+        if self._diagnostics and logs is not None and "loss" in logs:
+            logs.update(self._diagnostics)
+            if state.log_history and "loss" in state.log_history[-1]:  # which holds a copy of logs by now
+                state.log_history[-1].update(self._diagnostics)
+            self._diagnostics = {}
+
+    def _will_log(self, args: TrainingArguments, state: TrainerState, train_dataloader) -> bool:
+        """Whether the Trainer will log at the end of the update under way: its own rule, asked one step ahead."""
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            return _ends_epoch(state, train_dataloader, args.gradient_accumulation_steps)
+        ahead = copy.copy(state)
+        ahead.global_step += 1
+        return self._flow.on_step_end(args, ahead, TrainerControl()).should_log
+
+
+def _ends_epoch(state: TrainerState, train_dataloader, gradient_accumulation_steps: int) -> bool:
+    step = state.global_step + 1
+    if step == state.max_steps or not has_length(train_dataloader):  # nobody knows where a stream ends
+        return step == state.max_steps
+    return step % math.ceil(len(train_dataloader) / gradient_accumulation_steps) == 0
+
+
+def diagnose_every_trainer() -> None:
+    """Give each Trainer made from now on a :class:`MarsDiagnosticsCallback`, before its reporters."""
+    if MarsDiagnosticsCallback not in transformers.trainer.DEFAULT_CALLBACKS:
+        transformers.trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)

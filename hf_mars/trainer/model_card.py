@@ -1,0 +1,75 @@
+"""Model cards (``Trainer.create_model_card``, ``push_to_hub``) that state MARS's hyperparameters."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import Trainer, modelcard
+
+from ..optim import MarsShampoo
+from ..optim.groups import KINDS
+from ..optim.mars import Mars
+from .callbacks import mars_optimizer
+from .options import VARIANTS, hyperparameters, mars_name
+
+_SHOWN = ("lr", "betas", "eps", "weight_decay", "gamma", "max_norm", "exact")
+_SHOWN_OF_UPDATE = {
+    "adamw": _SHOWN,
+    "lion": tuple(name for name in _SHOWN if name != "eps"),
+    "shampoo": (*(name for name in _SHOWN if name != "eps"), "ns_steps", "adjust_lr_fn"),
+}
+
+
+def register_model_card() -> None:
+    """Make transformers' model cards tell the truth about MARS: they print ``args.adam_beta1`` for any "adam"."""
+    if not hasattr(modelcard.extract_hyperparameters_from_trainer, "_hf_mars"):
+        modelcard.extract_hyperparameters_from_trainer = _with_mars(modelcard.extract_hyperparameters_from_trainer)
+
+
+def _with_mars(extract):
+    @functools.wraps(extract)
+    def extract_with_mars(trainer: Trainer) -> dict[str, Any]:
+        result = extract(trainer)
+        optimizer = mars_optimizer(trainer.optimizer)
+        if optimizer is None and trainer.optimizer is None and mars_name(trainer.args) is not None:
+            optimizer = _optimizer_to_be(trainer.args)
+        if optimizer is not None:
+            result["optimizer"] = describe(optimizer)
+        return result
+
+    extract_with_mars._hf_mars = True
+    return extract_with_mars
+
+
+def _optimizer_to_be(args) -> Mars:
+    """What a Trainer that has not trained yet would make, on a parameter of each kind."""
+    optimizer_cls = VARIANTS[mars_name(args)].optimizer_cls
+    kinds = KINDS if optimizer_cls is MarsShampoo else ("matrix", "1d")  # the others know no embeddings
+    groups = [{"params": [torch.zeros(1, 1)], "kind": kind, "weight_decay": args.weight_decay} for kind in kinds]
+    groups[-1].update(params=[torch.zeros(1)], weight_decay=0.0)
+    return optimizer_cls(groups, **hyperparameters(args))
+
+
+def describe(optimizer: Mars) -> str:
+    """One line: the class, and the settings of each kind of parameter, those that the schedule starts from.
+
+    Weight decay is the largest of the kind's groups; the Trainer decays neither biases nor norms.
+    """
+    parts: dict[str, list[str]] = {}
+    for kind in KINDS:
+        groups = [group for group in optimizer.param_groups if group["kind"] == kind and group["params"]]
+        if not groups:
+            continue
+        settings = dict(groups[0], lr=groups[0].get("initial_lr", groups[0]["lr"]))
+        settings["weight_decay"] = max(group["weight_decay"] for group in groups)
+        update = settings["update"]
+        shown = ", ".join(f"{name}={_plain(settings[name])}" for name in _SHOWN_OF_UPDATE[update])
+        parts.setdefault(f"{update} with {shown}", []).append(kind)
+    listed = "; ".join(f"{' and '.join(kinds)} parameters: {part}" for part, kinds in parts.items())
+    return f"{type(optimizer).__name__} (MARS, arXiv:2411.10438). {listed}"
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
