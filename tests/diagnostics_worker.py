@@ -6,7 +6,6 @@ import os
 import torch
 import torch.distributed as dist
 from distributed_worker import make_model, wrap
-from torch.distributed.device_mesh import init_device_mesh
 
 from hf_mars.optim import MarsAdamW
 from hf_mars.optim.diagnostics import step_diagnostics
@@ -20,7 +19,7 @@ def main():
     results = []
     for engine in (None, "fsdp2"):
         model = make_model()
-        wrapped = model if engine is None else wrap(engine, model, init_device_mesh("cpu", (2,)))
+        wrapped = model if engine is None else wrap(engine, model, 2)
         optimizer = MarsAdamW(model.parameters(), max_norm=0.6)
         for batch in x:
             optimizer.zero_grad()
