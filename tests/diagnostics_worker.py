@@ -19,7 +19,7 @@ def main():
     results = []
     for engine in (None, "fsdp2"):
         model = make_model()
-        wrapped = model if engine is None else wrap(engine, model, 2)
+        wrapped = model if engine is None else wrap(engine, model, 2)[0]
         optimizer = MarsAdamW(model.parameters(), max_norm=0.6)
         for batch in x:
             optimizer.zero_grad()
