@@ -215,7 +215,11 @@ class Mars(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_previous_point()
-        for batches in self._rounds():
+        rounds = self._rounds()
+        for group in self.param_groups:
+            if group["exact"]:
+                self._remember_point(group)
+        for batches in rounds:
             for batch in batches:
                 batch.c = corrected_gradient(batch.grads, batch.previous_grads, kappa=_kappa(batch.group))
             _measure(batches)
@@ -231,8 +235,6 @@ class Mars(Optimizer):
         batches that take temporary copies one piece after the other."""
         together, apart = [], []
         for group in self.param_groups:
-            if group["exact"]:
-                self._remember_point(group)
             batch = self._collect(group)
             if batch.params:
                 (apart if batch.takes_copies else together).append(batch)
