@@ -272,12 +272,14 @@ def card_of(trainer):
 def test_model_card_states_the_runs_hyperparameters(tmp_path, trainer_cls):
     """transformers would print adam_beta1 and adam_beta2 (0.9, 0.999), which this run does not use."""
     args = TrainingArguments(
-        str(tmp_path), **{**RUN, "optim_args": "gamma=0.05,max_norm=none,eps=1e-6,lr_1d=2e-3,beta2_1d=0.9"}
+        str(tmp_path),
+        **{**RUN, "optim_args": "gamma=0.05,max_norm=none,eps=1e-6,lr_1d=2e-3,beta2_1d=0.9,last_grad_dtype=bfloat16"},
     )
     trainer = trainer_cls(tiny_gpt2(), args, train_dataset=token_blocks(8))
     trainer.train()
     matrix, vector = card_of(trainer).split("; ")
     matrix_settings = ["lr=0.001", "betas=(0.95, 0.99)", "eps=1e-06", "gamma=0.05", "max_norm=None", "exact=False"]
+    matrix_settings += ["last_grad_dtype=torch.bfloat16"]
     assert all(setting in matrix for setting in ["MarsAdamW", "matrix", *matrix_settings])
     assert all(setting in vector for setting in ["1d", "adamw", "lr=0.002", "betas=(0.9, 0.9)", "eps=1e-06"])
 

@@ -14,13 +14,11 @@ from .sharding import add_up, local, local_grad
 
 
 class _Sums(NamedTuple):
-    """Sums over the elements of one tensor; the gradient difference is weighted with κ. p is g_prev."""
+    """⟨g, g⟩, ⟨g, d⟩ and ⟨d, d⟩ over the elements of one tensor, with d = g − g_prev."""
 
     gg: float
-    difference: float
-    gp: float
-    pp: float
-    cc: float
+    gd: float
+    dd: float
 
 
 @torch.no_grad()
@@ -28,7 +26,7 @@ def step_diagnostics(optimizer: Mars) -> dict[str, float]:
     """Describe the step that ``optimizer.step()`` would take with the present gradients. Changes nothing.
 
     Call it between the last backward pass and ``step()``, on every rank. It reads the device once and needs memory
-    for about three copies of the largest gradient (of each rank's part of it).
+    for about one copy of the largest gradient (of each rank's part of it).
 
     Returns:
         "correction_ratio": ‖κ (g_t − g_prev)‖ / ‖g_t‖ over all elements of all tensors with a gradient and γ > 0 (not
@@ -59,7 +57,7 @@ def step_diagnostics(optimizer: Mars) -> dict[str, float]:
                 previous_known = False  # a single moving average does the correction's work
                 continue
             params.append(param)
-            sums.append(_local_sums(local_grad(param), previous, kappa))
+            sums.append(_local_sums(local_grad(param), previous))
             settings.append((group, previous is not None))
     whole = add_up(sums, params)
     # One read of the device, though a model may be on several.
@@ -84,34 +82,34 @@ def _previous_gradient(optimizer: Mars, param: Tensor, exact: bool) -> Tensor | 
     return torch.zeros_like(local_grad(param)) if previous is None else local_grad(param, previous)
 
 
-def _local_sums(grad: Tensor, previous: Tensor | None, kappa: float) -> Tensor:
+def _local_sums(grad: Tensor, previous: Tensor | None) -> Tensor:
     """:class:`_Sums` of this rank's part of one tensor, on its device, in float32 or better."""
-    g = grad.to(torch.promote_types(grad.dtype, torch.float32))  # squares of halves leave their range
-    gg = _dot(g, g)
+    g = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten()  # squares of halves leave their range
     if previous is None:
-        return torch.stack([gg, *torch.zeros_like(gg).expand(3), gg])
-    p = previous.to(g.dtype)
-    difference = (g - p).mul_(kappa)
-    c = g + difference
-    return torch.stack([gg, _dot(difference, difference), _dot(g, p), _dot(p, p), _dot(c, c)])
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum()
+        return torch.stack([torch.dot(g, g), *g.new_zeros(2)])
+    d = g - previous.flatten()
+    return torch.stack([torch.dot(g, g), torch.dot(g, d), torch.dot(d, d)])
 
 
 def _ratios(rows: list[_Sums], settings: list[tuple[dict[str, Any], bool]], previous_known: bool) -> dict[str, float]:
-    both = list(zip(rows, settings, strict=True))
-    corrected = [row for row, (group, _) in both if _kappa(group) > 0]
-    compared = [row for row, (_, has_previous) in both if has_previous]
-    clippable = [row.cc**0.5 > group["max_norm"] for row, (group, _) in both if group["max_norm"] is not None]
+    gg = difference = squares_g = squares_prev = products = 0.0
+    clippable = []
+    for row, (group, has_previous) in zip(rows, settings, strict=True):
+        kappa = _kappa(group)
+        if kappa > 0:
+            gg += row.gg
+            difference += kappa**2 * row.dd
+        if has_previous:  # g_prev = g − d
+            squares_g += row.gg
+            products += row.gg - row.gd
+            squares_prev += row.gg - 2 * row.gd + row.dd
+        if group["max_norm"] is not None:  # c = g + κ d
+            clippable.append(row.gg + 2 * kappa * row.gd + kappa**2 * row.dd > group["max_norm"] ** 2)
     ratios = {}
-    gg = sum(row.gg for row in corrected)
-    if previous_known and gg != 0:
-        ratios["correction_ratio"] = (sum(row.difference for row in corrected) / gg) ** 0.5
-    norms = sum(row.gg for row in compared) ** 0.5 * sum(row.pp for row in compared) ** 0.5
-    if previous_known and norms != 0:
-        ratios["gradient_cosine"] = sum(row.gp for row in compared) / norms
+    if previous_known and gg > 0:
+        ratios["correction_ratio"] = (difference / gg) ** 0.5
+    if previous_known and squares_g > 0 and squares_prev > 0:
+        ratios["gradient_cosine"] = products / (squares_g * squares_prev) ** 0.5
     if clippable:
         ratios["clipped_fraction"] = sum(clippable) / len(clippable)
     return ratios

@@ -20,6 +20,7 @@ _SHOWN_OF_UPDATE = {
     "lion": tuple(name for name in _SHOWN if name != "eps"),
     "shampoo": (*(name for name in _SHOWN if name != "eps"), "ns_steps", "adjust_lr_fn"),
 }
+_SHOWN_IF_SET = ("last_grad_dtype", "state_dtype", "kahan_sum")
 
 
 def register_model_card() -> None:
@@ -65,7 +66,8 @@ def describe(optimizer: Mars) -> str:
         settings = dict(groups[0], lr=groups[0].get("initial_lr", groups[0]["lr"]))
         settings["weight_decay"] = max(group["weight_decay"] for group in groups)
         update = settings["update"]
-        shown = ", ".join(f"{name}={_plain(settings[name])}" for name in _SHOWN_OF_UPDATE[update])
+        names = [*_SHOWN_OF_UPDATE[update], *(name for name in _SHOWN_IF_SET if settings[name] is not None)]
+        shown = ", ".join(f"{name}={_plain(settings[name])}" for name in names)
         parts.setdefault(f"{update} with {shown}", []).append(kind)
     listed = "; ".join(f"{' and '.join(kinds)} parameters: {part}" for part, kinds in parts.items())
     return f"{type(optimizer).__name__} (MARS, arXiv:2411.10438). {listed}"
