@@ -3,12 +3,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := hf_mars tests benchmarks run_clm.py
 
-.PHONY: demo test quality style clean
+.PHONY: demo test quality style docs clean
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[plot,test,quality]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[plot,test,quality,docs]"
 	touch $@
 
 # Anew each time: --overwrite_output_dir removes only what an earlier demo wrote.
@@ -32,5 +32,9 @@ style: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+# --strict: a broken link fails. The pages need no network, neither here nor in the browser.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo site build dist *.egg-info
