@@ -78,7 +78,9 @@ def plot(rows: list[tuple[str, float, list[dict]]], path: str) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row for row, *_ in rows):
-        points = [(rate, statistics.mean(r["eval_loss"] for r in results)) for row, rate, results in rows if row == name]
+        points = [
+            (rate, statistics.mean(r["eval_loss"] for r in results)) for row, rate, results in rows if row == name
+        ]
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1, label=name)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
