@@ -19,6 +19,7 @@ from test_support_table import functions_of
 from torch.distributed.run import get_args_parser
 
 from hf_mars import plot
+from hf_mars.corpus import UsageError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("python", "torchrun", "accelerate", "sbatch", "make", "pip")
@@ -191,23 +192,23 @@ def test_command(command, model, folder):
 
 
 @pytest.mark.parametrize(
-    "command",
+    "command, error, words",
     [
-        "python run_clm.py --optim mars_adamv --output_dir out",
-        "torchrun --nproc_per_node 2 run_clm.py --optimm mars_m --output_dir out",
-        "torchrun --nprocs 2 run_clm.py --output_dir out",
-        "accelerate launch --num_procs 2 run_clm.py --output_dir out",
-        "python benchmarks/step_time.py --stepz 3",
-        "python benchmarks/state_bytes.py --steps 3",
-        "python benchmarks/none.py",
-        "python -m hf_mars.plot out --outputs loss.png",
-        "make nothing",
-        "pip install nothing",
-        "nothing at all",
+        ("python run_clm.py --optim mars_adamv --output_dir out", UsageError, "mars_adamv is not a valid"),
+        ("torchrun --nproc_per_node 2 run_clm.py --optimm mars_m --output_dir out", UsageError, "unknown argument"),
+        ("torchrun --nprocs 2 run_clm.py --output_dir out", SystemExit, "2"),
+        ("accelerate launch --num_procs 2 run_clm.py --output_dir out", SystemExit, "2"),
+        ("python benchmarks/step_time.py --stepz 3", SystemExit, "2"),
+        ("python benchmarks/state_bytes.py --steps 3", AssertionError, "--steps"),
+        ("python benchmarks/none.py", FileNotFoundError, "none.py"),
+        ("python -m hf_mars.plot out --outputs loss.png", SystemExit, "2"),
+        ("make nothing", subprocess.CalledProcessError, "nothing"),
+        ("pip install nothing", AssertionError, "nothing"),
+        ("nothing at all", pytest.fail.Exception, "no class for: nothing at all"),
     ],
 )
-def test_a_stale_command_fails(command, model, folder):
-    with pytest.raises((Exception, SystemExit, pytest.fail.Exception)):
+def test_a_stale_command_fails(command, error, words, model, folder):
+    with pytest.raises(error, match=re.escape(words)):
         check(tuple(command.split()), model)
 
 
