@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-# Prototype of torch (checked with 2.11 and 2.13): the clone and the original share memory until either is written to.
+# A prototype of torch's: the clone and the original share memory until either is written to. Where a version lacks it,
+# or what the proof below asks for, gradients are copied.
 _lazy_clone = getattr(torch, "_lazy_clone", None)
 
 
@@ -48,7 +49,7 @@ def can_take_over(grad: Tensor) -> bool:
     NumPy's, shared between processes or exported through DLPack, and accelerators, whose captured graphs write to
     addresses.
     """
-    if _lazy_clone is None or type(grad) is not Tensor or not grad.is_cpu or grad._is_view():
+    if _OWNERS_OF_A_FRESH_GRADIENT is None or type(grad) is not Tensor or not grad.is_cpu or grad._is_view():
         return False
     storage = grad.untyped_storage()
     return (
@@ -64,7 +65,9 @@ def _owners(tensor: Tensor) -> tuple[int, int]:
     return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-def _owners_of_a_fresh_gradient() -> tuple[int, int]:
+def _owners_of_a_fresh_gradient() -> tuple[int, int] | None:
+    if _lazy_clone is None or not hasattr(Tensor, "_use_count") or not hasattr(torch.UntypedStorage, "resizable"):
+        return None
     param = torch.nn.Parameter(torch.zeros(1))
     param.grad = torch.zeros(1)
     return _owners(param.grad)
