@@ -30,6 +30,7 @@ from transformers import (
     GPT2Config,
     HfArgumentParser,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -889,6 +890,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         compute_metrics=ComputeLanguageModelMetrics(),
         preprocess_logits_for_metrics=losses_and_tokens,
     )
+    if not trainer.is_world_process_zero():  # without progress bars, Trainer prints logs on every node
+        trainer.remove_callback(PrinterCallback)
     results = {}
     if training_args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics

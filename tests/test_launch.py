@@ -94,6 +94,7 @@ def test_the_slurm_script(tmp_path):
 RUN = [
     *("--optim", "mars_shampoo", "--learning_rate", "0.02", "--max_steps", "6", "--logging_steps", "1"),
     *("--max_eval_samples", "5", "--save_strategy", "no", "--report_to", "none", "--vocab_size", "300", "--use_cpu"),
+    *("--disable_tqdm", "true"),  # then logs are printed line by line
     # Without dropout: processes draw different masks.
     "--config_overrides",
     "n_layer=1,n_head=2,n_embd=32,n_positions=32,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
