@@ -1,11 +1,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := hf_mars tests benchmarks run_clm.py
+SOURCES := hf_mars tests benchmarks run_clm.py setup.py
 
 .PHONY: demo test quality style docs clean
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: setup.py setup.cfg pyproject.toml constraints.txt hf_mars/optim/_cpu.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[plot,test,quality,docs]"

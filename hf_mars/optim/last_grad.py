@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from torch import Tensor
 _lazy_clone = getattr(torch, "_lazy_clone", None)
 
 
-def remember(last_grads: list[Tensor], grads: list[Tensor], norms: list[float] | None) -> list[Tensor]:
+def remember(last_grads: list[Tensor], grads: list[Tensor], finite: list[bool] | None) -> list[Tensor]:
     """g_t in the place of the g_{t−1} that this step used up. Non-finite entries become zero.
 
     zero_grad(set_to_none=False), DDP's bucket views and gradient-reusing engines write into the very tensors in
@@ -22,7 +20,7 @@ def remember(last_grads: list[Tensor], grads: list[Tensor], norms: list[float] |
     Args:
         last_grads: memory that may be written to; its dtype is the result's.
         grads: g_t. Not modified.
-        norms: for each a number that is finite only where g_t is; None if that is not known.
+        finite: for each whether g_t is; None if that is not known.
 
     Returns:
         What to keep as g_{t−1}: members of ``last_grads``, or lazy clones of members of ``grads``.
@@ -30,7 +28,7 @@ def remember(last_grads: list[Tensor], grads: list[Tensor], norms: list[float] |
     result = []
     for i, (last_grad, grad) in enumerate(zip(last_grads, grads, strict=True)):
         alike = last_grad.dtype == grad.dtype and last_grad.stride() == grad.stride()
-        if norms is not None and alike and math.isfinite(norms[i]) and can_take_over(grad):
+        if finite is not None and finite[i] and alike and can_take_over(grad):
             last_grad = _lazy_clone(grad)
         elif last_grad.dtype == grad.dtype:
             torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=last_grad)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from . import cpu
 from .adamw import adamw
 from .correction import clipped, corrected_gradient, initial_average, reads_are_free, scaling
 from .exact import at_previous_point
@@ -44,6 +47,12 @@ class Batch:
     previous_grads: list[Tensor] | None  # what κ's bracket subtracts; None: κ = 0, or the one-tensor form
     c: list[Tensor] | None = None
     norms: list[Tensor] | list[float] | None = None  # ‖c_t‖₂; numbers where the host may look at them
+    finite: list[bool] | None = None  # whether g_t is, where the host knows
+
+    @cached_property
+    def in_one_pass(self) -> bool:
+        """Whether the step is one compiled pass over memory instead of a composition of torch's kernels."""
+        return cpu.can_step(self.params, self.grads, self.states, self.previous_grads, self.group)
 
     @property
     def keeps_last_grad(self) -> bool:
@@ -220,9 +229,10 @@ class Mars(Optimizer):
             if group["exact"]:
                 self._remember_point(group)
         for batches in rounds:
-            for batch in batches:
+            composed = [batch for batch in batches if not batch.in_one_pass]
+            for batch in composed:
                 batch.c = corrected_gradient(batch.grads, batch.previous_grads, kappa=_kappa(batch.group))
-            _measure(batches)
+            _measure(composed)
             for batch in batches:
                 self._update(batch)
                 if batch.keeps_last_grad:
@@ -260,10 +270,13 @@ class Mars(Optimizer):
 
     def _update(self, batch: Batch) -> None:
         group, c = batch.group, batch.c
-        if group["max_norm"] is not None:
-            c = clipped(c, batch.norms, group["max_norm"], in_place=batch.previous_grads is not None)
         # Where g_{t−1} is not kept, the momentum of plain gradients does the correction's work.
         gamma = group["gamma"] if batch.previous_grads is None and not group["exact"] else 0.0
+        if batch.in_one_pass:
+            batch.finite = cpu.step(batch.params, batch.grads, batch.states, batch.previous_grads, group, gamma=gamma)
+            return
+        if group["max_norm"] is not None:
+            c = clipped(c, batch.norms, group["max_norm"], in_place=batch.previous_grads is not None)
         if batch.takes_wide_copies:
             with widened(batch.params, c, batch.states, group) as (params, c, states):
                 self._apply(params, c, states, group, gamma=gamma)
@@ -616,13 +629,13 @@ def _measure(batches: list[Batch]) -> None:
         batch.norms = [next(values) for _ in batch.params]
         if reads_are_free(batch.c):
             batch.norms = [norm.item() for norm in batch.norms]
+            if not any(map(is_sharded, batch.params)):  # this rank's part may be finite where the whole is not
+                batch.finite = [math.isfinite(norm) for norm in batch.norms]
 
 
 def _remember(batch: Batch) -> None:
-    sharded = any(map(is_sharded, batch.params))  # then g_{t−1} stays the DTensor that it is
-    known = reads_are_free(batch.grads) and not sharded
-    kept = remember(batch.previous_grads, batch.grads, batch.norms if known else None)
-    if not sharded:
+    kept = remember(batch.previous_grads, batch.grads, batch.finite)
+    if not any(map(is_sharded, batch.params)):  # whose g_{t−1} stays the DTensor that it is
         for state, last_grad in zip(batch.states, kept, strict=True):
             state["last_grad"] = last_grad
 

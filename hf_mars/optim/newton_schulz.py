@@ -16,24 +16,20 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
 
     Args:
         matrix: shape (…, m, n), a matrix or a stack of them; any floating dtype. Not modified.
-        steps: number of iterations; each costs three matrix products.
+        steps: number of iterations.
 
     Returns:
         A tensor of the same shape, dtype and device. A zero matrix gives zeros.
 
-    Accelerators compute in bfloat16, which the iteration tolerates by design, and so do CPUs with matrix units (AMX)
-    from MIN_BFLOAT16 rows and columns on, where it is three to six times faster. Other CPUs compute in float32.
-    float64 stays float64.
+    Accelerators compute in bfloat16, which the iteration tolerates by design, and so do CPUs with bfloat16 units from
+    MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to six times (AMX) faster. Other CPUs compute in
+    float32. float64 stays float64.
     """
-    return _newton_schulz_of_a_stack([matrix], steps)[0]
+    return orthogonalize([matrix], steps)[0]
 
 
 def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor]:
-    """The same for tensors of one shape, dtype and device, in batched products: fewer launches, busier cores."""
-    *batch, m, n = matrices[0].shape
-    tall = m > n
-    if tall:  # the Gram matrix XXᵀ is then the smaller of the two
-        matrices = [x.mT for x in matrices]
+    """The same for tensors of one shape (…, m, n), m ≤ n, in batched products: fewer launches, busier cores."""
     x = torch.stack(matrices)
     dtype = torch.promote_types(x.dtype, torch.float32)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
@@ -42,28 +38,59 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
 
-    a, b, c = COEFFICIENTS
     x = x.view(-1, *x.shape[-2:])
-    for _ in range(steps):
-        gram = x @ x.mT  # XXᵀ
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b XXᵀ + c (XXᵀ)²
-        x = torch.baddbmm(x, polynomial, x, beta=a)  # aX + (b XXᵀ + c (XXᵀ)²) X
-    x = x.view(len(matrices), *batch, *x.shape[-2:])
-    return [(y.mT if tall else y).to(matrices[0].dtype) for y in x.unbind()]
+    pairs = steps // 2 if x.shape[-1] >= WIDE * x.shape[-2] else 0
+    for _ in range(pairs):
+        x = _two_steps(x)
+    for _ in range(steps - 2 * pairs):
+        x = _one_step(x)
+    return [y.view(matrices[0].shape).to(matrices[0].dtype) for y in x.view(len(matrices), -1, *x.shape[-2:])]
+
+
+def _one_step(x: Tensor) -> Tensor:
+    """aX + p(XXᵀ) X, with p(G) = bG + cG²."""
+    return torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=COEFFICIENTS[0])
+
+
+# From this ratio of columns to rows on, two steps at once save work: of five steps 8 % at 2, 17 % at 3, 22 % at 4.
+WIDE = 2
+
+
+def _two_steps(x: Tensor) -> Tensor:
+    """The same twice, in the small matrices alone: X″ = (aI + p(G′)) (aI + p(G)) X, G′ = (aI + p(G)) G (aI + p(G)).
+
+    Not more than two: what rounding does to G in directions of small singular values grows by a² each time.
+    """
+    a = COEFFICIENTS[0]
+    gram = x @ x.mT  # G
+    first = _polynomial(gram)  # p(G)
+    half = torch.baddbmm(gram, first, gram, beta=a)  # (aI + p(G)) G
+    second = _polynomial(torch.baddbmm(half, half, first, beta=a))  # p(G′)
+    product = torch.baddbmm(first + second, second, first, beta=a)  # a p(G) + a p(G′) + p(G′) p(G)
+    return torch.baddbmm(x, product, x, beta=a * a)
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """p(G) = bG + cG²."""
+    _, b, c = COEFFICIENTS
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
 
 
 # Elements of a stack. The iteration takes about three times its memory; on CPUs larger ones are slower, too.
 STACKED = 1 << 26
 STACKED_ON_CPU = 5_000_000
 
-# Below it, products are too small for the matrix units to pay.
+# Below it, products are too small for these units to pay.
 MIN_BFLOAT16 = 128
 
 
 def _takes_bfloat16(matrix: Tensor) -> bool:
     if matrix.dtype == torch.float64:
         return False
-    return not matrix.is_cpu or (min(matrix.shape[-2:]) >= MIN_BFLOAT16 and torch.cpu._is_amx_tile_supported())
+    if not matrix.is_cpu:
+        return True
+    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return has_units and min(matrix.shape[-2:]) >= MIN_BFLOAT16
 
 
 def orthogonalize_svd(matrix: Tensor) -> Tensor:
@@ -82,7 +109,7 @@ def orthogonalize_svd(matrix: Tensor) -> Tensor:
 
 
 def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
-    """Orthogonalise many matrices, those of one shape together.
+    """Orthogonalise many matrices, those of one shape, or of its transpose, together.
 
     Args:
         matrices: tensors of shape (…, m, n).
@@ -94,14 +121,16 @@ def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
     if steps is None:
         return [orthogonalize_svd(x) for x in matrices]
     stacks: dict[tuple, list[int]] = {}
-    for i, x in enumerate(matrices):
+    # The Gram matrix XXᵀ of a wide matrix is smaller than a tall one's.
+    wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in matrices]
+    for i, x in enumerate(wide):
         stacks.setdefault((x.shape, x.dtype, x.device), []).append(i)
     result: list[Tensor] = [None] * len(matrices)
     for (shape, _, device), indices in stacks.items():
         height = max(1, (STACKED_ON_CPU if device.type == "cpu" else STACKED) // max(1, shape.numel()))
         for start in range(0, len(indices), height):
             chosen = indices[start : start + height]
-            stack = [matrices[i] for i in chosen]
+            stack = [wide[i] for i in chosen]
             for i, x in zip(chosen, _newton_schulz_of_a_stack(stack, steps), strict=True):
-                result[i] = x
+                result[i] = x if wide[i] is matrices[i] else x.mT
     return result

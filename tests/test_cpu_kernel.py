@@ -1,0 +1,150 @@
+"""The compiled step (optim/_cpu.c) gives what torch's kernels, composed, give."""
+
+import math
+
+import pytest
+import torch
+from helpers import assert_close, make_gradients, make_params, run_steps, values
+
+from hf_mars.optim import MarsAdamW, MarsLion, cpu
+
+METHODS = {"mars_adamw": MarsAdamW, "mars_lion": MarsLion}
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+
+# Sizes: nothing, one element, less and more than the vector loops take at once, and more than is updated together.
+SHAPES = [(0, 3), (1, 1), (3, 7), (4097, 5), (1500, 1500), (70, 64), (8, 3, 5)]
+
+
+def without(monkeypatch):
+    """As where the package was installed without a C compiler."""
+    monkeypatch.setattr(cpu, "_cpu", None)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the compiled steps."""
+    counted = []
+    step = cpu.step
+    monkeypatch.setattr(cpu, "step", lambda *args, **kwargs: (counted.append(1), step(*args, **kwargs))[1])
+    return counted
+
+
+def test_it_is_built():
+    """Here, where the tests run; elsewhere a step without it is slower and as right."""
+    assert cpu._cpu is not None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_norm": None},
+        {"max_norm": 0.3, "gamma": 0.0},
+        {"gamma": 0.5, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0},
+        {"max_norm": None, "gamma": 0.0},
+        {"last_grad_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+@EVERY_METHOD
+def test_equals_the_composition(method, settings, threads, calls, monkeypatch):
+    results = []
+    for built in (True, False):
+        if not built:
+            without(monkeypatch)
+        params = make_params(SHAPES, dtype=torch.float32)
+        optimizer = METHODS[method](params, **{"lr": 0.01, "weight_decay": 0.1, **settings})
+        scales = (1e-4, 0.1, 1.0)  # some tensors are clipped, some are not
+        results.append(run_steps(optimizer, params, make_gradients(params, 5, scales=scales)))
+        results[-1] += [state["exp_avg"] for state in optimizer.state.values()]
+    torchs_own = method == "mars_adamw" and settings.get("max_norm", 1.0) is None and settings.get("gamma") == 0.0
+    composed = "last_grad_dtype" in settings
+    assert len(calls) == (0 if torchs_own or composed else 5)
+    for actual, expected in zip(*results, strict=True):
+        # torch sums the squares of two million elements in float32: its norm has five digits there.
+        tolerance = 1e-5 * expected.abs().max() if expected.numel() else 0.0
+        differ = (actual - expected).abs() > tolerance
+        # Lion's sign makes a whole step of a rounding error, where a momentum is next to zero.
+        assert differ.sum().item() <= (1e-4 * actual.numel() if method == "mars_lion" else 0)
+
+
+@EVERY_METHOD
+def test_exact_mode(method, calls, monkeypatch):
+    results = []
+    for built in (True, False):
+        if not built:
+            without(monkeypatch)
+        params = make_params([(6, 5), (40, 3)], dtype=torch.float32)
+        optimizer = METHODS[method](params, lr=0.01, gamma=0.5, exact=True)
+        for t in range(4):
+            for point in (optimizer.previous_point, None):
+                loss = sum(((t + 1) * p**2 + p).sum() for p in params)
+                if point is None:
+                    loss.backward()
+                    continue
+                with point():
+                    sum(((t + 1) * p**2 + p).sum() for p in params).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(values(params))
+    assert len(calls) == 4
+    assert_close(*results, 1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("max_norm", [1.0, None])
+@EVERY_METHOD
+def test_a_bad_gradient_is_bad_in_the_same_entries_and_is_not_remembered(method, max_norm, bad, monkeypatch):
+    results = []
+    for built in (True, False):
+        if not built:
+            without(monkeypatch)
+        params = make_params([(30, 20), (5, 4)], dtype=torch.float32)
+        optimizer = METHODS[method](params, lr=0.01, gamma=0.5, max_norm=max_norm)
+        gradients = make_gradients(params, 3)
+        gradients[1][0][2, 3] = bad
+        results.append(run_steps(optimizer, params, gradients[:2]))
+        for param in params:
+            last_grad = optimizer.state[param].get("last_grad")
+            assert last_grad is None or last_grad.isfinite().all()
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual.isfinite(), expected.isfinite())
+        assert_close([actual.nan_to_num(posinf=0, neginf=0)], [expected.nan_to_num(posinf=0, neginf=0)], 1e-5)
+
+
+def test_the_norm_is_accurate_over_many_elements():
+    """A clip factor is the same to seven digits for one element and for two million."""
+    values = []
+    for n in (1, 1 << 21):
+        param = torch.nn.Parameter(torch.zeros(n, 1))
+        optimizer = MarsLion([param], lr=0.0, betas=(0.0, 0.99))
+        param.grad = torch.full_like(param, 3.0)
+        optimizer.step()
+        values.append(optimizer.state[param]["exp_avg"].double().norm().item())
+    assert values == pytest.approx([1.0, 1.0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ([torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))], {}),
+        lambda: ([torch.nn.Parameter(torch.randn(3, 4).mT)], {}),
+        lambda: ([torch.nn.Parameter(torch.randn(4, 3))], {"foreach": True}),
+        lambda: ([torch.nn.Parameter(torch.randn(4, 3))], {"fused": False}),
+    ],
+    ids=["float64", "strided", "foreach", "not_fused"],
+)
+def test_what_it_does_not_take_is_composed(make, calls):
+    params, settings = make()
+    optimizer = MarsAdamW(params, **settings)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert not calls and optimizer.state[params[0]]["exp_avg"].count_nonzero() == 12
