@@ -1,6 +1,7 @@
 """One rank of tests/test_sharing.py: work on whole matrices shared among ranks, and the messages that a step sends."""
 
 import collections
+import datetime
 import json
 import os
 
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from hf_mars.optim import MarsAdamW, MarsShampoo
+from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo, mars
 from hf_mars.optim.sharding import local, norms, on_whole_matrices
 
 SHAPES = [(7, 4), (4, 7), (5, 5), (1, 3), (3, 1), (2, 3, 4), (6, 2)]
@@ -118,12 +119,36 @@ def check_optimizers(world, found):
         found[f"sharded {cls.__name__}: messages a step"] = dict(messages.counts)
 
 
+def check_pieces(world):
+    """Parameters that are updated in copies, piece by piece: ranks with uneven parts must cut alike, or they would
+    wait for each other's reductions forever."""
+    mesh = init_device_mesh("cpu", (world,))
+    torch.manual_seed(0)
+    values = [torch.randn(shape, dtype=torch.bfloat16) for shape in ((3, 8), (2, 8), (5, 8), (8, 5))]
+    slopes = [[torch.randn_like(v) for v in values] for _ in range(3)]
+    before, mars.COPIED_AT_A_TIME = mars.COPIED_AT_A_TIME, 20
+    for cls in (MarsAdamW, MarsLion, MarsShampoo):
+        finals = []
+        for place in (torch.clone, lambda v: distribute_tensor(v, mesh, [Shard(0)])):
+            params = [nn.Parameter(place(v)) for v in values]
+            optimizer = cls(params, lr=0.1)
+            for step in slopes:
+                for p, g in zip(params, step, strict=True):
+                    p.grad = place(g)
+                optimizer.step()
+            finals.append([p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params])
+        for one, several in zip(*finals, strict=True):
+            assert torch.allclose(one, several, rtol=2**-6, atol=2**-6), cls
+    mars.COPIED_AT_A_TIME = before
+
+
 def main():
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     found = {}
     check_functions(dist.get_world_size(), found)
     check_optimizers(dist.get_world_size(), found)
+    check_pieces(dist.get_world_size())
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_mars.optim import MarsAdamW, MarsLion
 from hf_mars.optim.last_grad import can_take_over
+from hf_mars.optim.sharding import norms
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 
@@ -261,3 +262,15 @@ def test_pieces_are_the_whole(method, monkeypatch):
         finals.append(run_steps(make(method, params), params, make_gradients(params, 5)))
     assert_equal(finals[0], finals[2])
     assert_equal(finals[1], finals[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_norms_of_half_precisions_are_float32(contiguous, dtype):
+    """Strided tensors take the way that accelerators take. 300² is no float16; 256 + 1 is no bfloat16."""
+    base = torch.full((300, 300), 1.0, dtype=dtype)
+    part = base if contiguous else base[:, ::2]
+    (norm,) = norms([part], [part])
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(part.numel() ** 0.5, rel=1e-6)
+    assert norm.square().item() == pytest.approx(part.numel(), rel=1e-6)

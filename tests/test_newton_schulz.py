@@ -6,6 +6,7 @@ import torch
 from helpers import assert_close, make_gradients, make_params
 
 from hf_mars.optim import MarsShampoo
+from hf_mars.optim import newton_schulz as module
 from hf_mars.optim.newton_schulz import newton_schulz, orthogonalize_svd
 
 SHAPES = pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 6), (1, 5), (5, 1), (1, 1)], ids=str)
@@ -111,3 +112,18 @@ def test_the_optimizer_uses_the_form_that_it_is_given(shape):
         p.grad = g
         MarsShampoo(params, lr=0.1, ns_steps=ns_steps).step()
         assert_close([p], [expected], 1e-12)
+
+
+@pytest.mark.parametrize("decay", [0, 1, 2])
+def test_two_steps_at_once_are_no_rougher_in_bfloat16(decay, monkeypatch):
+    """Singular values 1/k^decay: the small ones are where rounding of the Gram matrix could grow."""
+    sigma = [1 / k**decay for k in range(1, 65)]
+    u, s, v = with_singular_values(sigma, 64, 256)
+    matrix = (u @ s.diag() @ v.T).float()
+    exact = reference.newton_schulz(matrix.double(), 5)
+    monkeypatch.setattr(module, "_takes_bfloat16", lambda x: True)
+    errors = {}
+    for wide in (2, 1000):
+        monkeypatch.setattr(module, "WIDE", wide)
+        errors[wide] = ((newton_schulz(matrix).double() - exact).norm() / exact.norm()).item()
+    assert 0 < errors[2] < max(0.1, 1.2 * errors[1000]) < 0.5

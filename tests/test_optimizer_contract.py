@@ -748,6 +748,33 @@ def test_empty_shards(cls):
 
 
 @EVERY_METHOD
+def test_settings_are_plain_values(method):
+    """Checkpoint formats take numbers, names and lists of them; FSDP2's refuses a torch.dtype."""
+    optimizer = make(method, make_params(), state_dtype=torch.bfloat16, last_grad_dtype="float32")
+
+    def is_plain(value):
+        return type(value) in (int, float, str, bool, type(None)) or (
+            type(value) in (tuple, list) and all(map(is_plain, value))
+        )
+
+    for group in optimizer.param_groups:
+        assert (group["state_dtype"], group["last_grad_dtype"]) == ("bfloat16", "float32")
+        assert all(is_plain(value) for key, value in group.items() if key != "params")
+
+
+@pytest.mark.parametrize("cls", [MarsAdamW, MarsLion, MarsShampoo])
+def test_parameters_that_fsdp1_flattens_later_are_refused(cls):
+    """accelerator.prepare(model, optimizer) wraps the model when the optimizer is made."""
+    params = make_params([(6, 4)])
+    optimizer = cls(params, max_norm=None)
+    params[0].data = params[0].data.flatten()
+    params[0]._fsdp_flattened = True
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(ValueError, match=r"FSDP1 has flattened a parameter.*fsdp_version: 2"):
+        optimizer.step()
+
+
+@EVERY_METHOD
 def test_named_parameters(method):
     """torch takes (name, parameter) pairs; the names survive the split, where torch's checkpoints look for them."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))

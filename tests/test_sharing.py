@@ -10,7 +10,7 @@ MATRICES = 7  # of tests/sharing_worker.py
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharing(world):
-    """The worker checks the values: tall, wide, square and stacked matrices, uneven and empty shards."""
+    """The worker checks the values: tall, wide, square and stacked matrices, uneven and empty shards; and pieces."""
     found = json.loads(launch(world, "sharing_worker.py").strip().splitlines()[-1])
     # Each matrix is worked on once; in each row of a hybrid mesh once; where it cannot be shared out, on every rank.
     expected = {"rows": 1, "columns": 1, "hybrid": 2, "replicated": world, "both": world}

@@ -1,7 +1,7 @@
 """MARS-AdamW's and MARS-Lion's step on CPUs in one compiled pass over memory (``_cpu.c``).
 
-Correction, clip, moving averages and update of adamw.py and lion.py at once: on a CPU the passes over memory are what a
-step costs. Where the package was installed without a C compiler, or torch's threads are not OpenMP's, the module is
+Correction, clip, moving averages and update of adamw.py and lion.py at once: on a CPU the passes over memory are what
+a step costs. Where the package was installed without a C compiler, or torch's threads are not OpenMP's, the module is
 missing and steps are composed of torch's kernels, with the same results to rounding.
 """
 

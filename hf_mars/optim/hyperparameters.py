@@ -36,6 +36,11 @@ def dtype_of(value: torch.dtype | str | None) -> torch.dtype | None:
     return _DTYPES.get(value, value)
 
 
+def dtype_name(value: torch.dtype | str | None) -> str | None:
+    """The name of a dtype, in which param_groups keep it: FSDP2's checkpoints take no dtypes."""
+    return next((name for name, dtype in _DTYPES.items() if dtype == value), value)
+
+
 _STATE_DTYPE = ("float32, bfloat16 or None", lambda v: v is None or dtype_of(v) in _DTYPES.values())
 
 # One row a hyperparameter: what it must be, and the test. The trainer's options use the same rows.

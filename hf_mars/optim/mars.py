@@ -20,12 +20,12 @@ from .adamw import adamw
 from .correction import clipped, corrected_gradient, initial_average, reads_are_free, scaling
 from .exact import at_previous_point
 from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
-from .hyperparameters import check_hyperparameters, dtype_of
+from .hyperparameters import check_hyperparameters, dtype_name, dtype_of
 from .last_grad import remember
 from .lion import lion
 from .precision import AVERAGES, needs_compensation, needs_wide_copies, widened
 from .shampoo import shampoo
-from .sharding import is_sharded, local, local_grad, norms
+from .sharding import elements_a_rank, is_sharded, local, local_grad, norms
 
 UPDATES = {"adamw": adamw, "lion": lion, "shampoo": shampoo}
 
@@ -76,13 +76,13 @@ class Batch:
         return self.group["max_norm"] is not None or can_tell
 
     def pieces(self, elements: int) -> Iterator[Batch]:
-        """The same in batches of at most so many elements, or of one parameter."""
+        """The same in batches of at most so many elements, or of one parameter; the same batches on every rank."""
         start, count = 0, 0
-        for i, grad in enumerate(self.grads):
-            if i > start and count + grad.numel() > elements:
+        for i, size in enumerate(map(elements_a_rank, self.params)):
+            if i > start and count + size > elements:
                 yield self._piece(slice(start, i))
                 start, count = i, 0
-            count += grad.numel()
+            count += size
         yield self._piece(slice(start, None))
 
     def _piece(self, part: slice) -> Batch:
@@ -160,7 +160,7 @@ class Mars(Optimizer):
             raise TypeError("params must be an ordered collection such as a list, got a set")
         settings = {**self.defaults, **{key: value for key, value in param_group.items() if key != "params"}}
         check_hyperparameters(settings)
-        settings.update({key: dtype_of(settings[key]) for key in ("last_grad_dtype", "state_dtype")})
+        settings.update({key: dtype_name(settings[key]) for key in ("last_grad_dtype", "state_dtype")})
         by_role: dict[ParameterRole, list] = {}
         seen: set[Tensor] = set()
         for param in [params] if isinstance(params, Tensor) else list(params):
@@ -307,6 +307,7 @@ class Mars(Optimizer):
             return torch.zeros_like(param, dtype=_state_dtype(key, param, group), memory_format=torch.preserve_format)
 
         if "exp_avg" not in state:
+            check_not_flattened(param)  # by an engine that wraps the model after the optimizer is made
             _check_whole(param, group)
             if group["update"] == "adamw":
                 # Where torch's AdamW keeps it: a fused kernel reads it on the device, the others on the host.
@@ -618,7 +619,7 @@ def _kappa(group: dict[str, Any]) -> float:
 def _state_dtype(key: str, param: Tensor, group: dict[str, Any]) -> torch.dtype:
     """The dtype that ``group`` wants a state of ``param`` in."""
     setting = {"last_grad": "last_grad_dtype", "exp_avg": "state_dtype", "exp_avg_sq": "state_dtype"}.get(key)
-    return (setting and group[setting]) or param.dtype
+    return (setting and dtype_of(group[setting])) or param.dtype
 
 
 def _measure(batches: list[Batch]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hyperparameters import dtype_of
+
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
@@ -25,7 +27,7 @@ def needs_compensation(dtype: torch.dtype, group: dict[str, Any]) -> bool:
 
 def needs_wide_copies(dtype: torch.dtype, group: dict[str, Any]) -> bool:
     """Whether such parameters are updated in full-precision copies: torch's kernels want one dtype throughout."""
-    return needs_compensation(dtype, group) or group["state_dtype"] not in (None, dtype)
+    return needs_compensation(dtype, group) or dtype_of(group["state_dtype"]) not in (None, dtype)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,12 @@ def _sharded_dims(param: DTensor) -> tuple[int, ...]:
     return tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
 
 
+def elements_a_rank(param: Tensor) -> int:
+    """How many elements a rank has of a tensor, on average: the same number on every rank, if parts are uneven too."""
+    shards = math.prod(param.device_mesh.size(d) for d in _sharded_dims(param)) if is_sharded(param) else 1
+    return -(-param.numel() // shards)
+
+
 # ---- norms ----
 
 
@@ -75,11 +81,20 @@ def add_up(values: list[Tensor], params: list[Tensor]) -> list[Tensor]:
 
 
 def _local_norms(parts: list[Tensor]) -> list[Tensor]:
+    """In float32 or better: a half precision can neither hold the squares nor add them up."""
     if all(t.is_cpu and t.is_contiguous() for t in parts):
-        # Twice as fast as torch's norm on CPUs. Half precisions would be summed in half precision.
+        # Twice as fast as torch's norm on CPUs.
         flat = [t.view(-1) if t.itemsize >= 4 else t.view(-1).float() for t in parts]
         return [torch.dot(t, t).sqrt() for t in flat]
-    return list(torch._foreach_norm(parts))
+    results: list[Tensor] = [None] * len(parts)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, part in enumerate(parts):
+        by_dtype.setdefault(torch.promote_types(part.dtype, torch.float32), []).append(i)
+    for dtype, indices in by_dtype.items():
+        values = torch._foreach_norm([parts[i] for i in indices], 2, dtype=dtype)
+        for i, value in zip(indices, values, strict=True):
+            results[i] = value
+    return results
 
 
 # ---- whole matrices ----
