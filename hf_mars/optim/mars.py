@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,14 +44,10 @@ class Batch:
     grads: list[Tensor]
     states: list[dict[str, Any]]
     previous_grads: list[Tensor] | None  # what κ's bracket subtracts; None: κ = 0, or the one-tensor form
+    in_one_pass: bool  # the step is one compiled pass over memory instead of a composition of torch's kernels
     c: list[Tensor] | None = None
     norms: list[Tensor] | list[float] | None = None  # ‖c_t‖₂; numbers where the host may look at them
     finite: list[bool] | None = None  # whether g_t is, where the host knows
-
-    @cached_property
-    def in_one_pass(self) -> bool:
-        """Whether the step is one compiled pass over memory instead of a composition of torch's kernels."""
-        return cpu.can_step(self.params, self.grads, self.states, self.previous_grads, self.group)
 
     @property
     def keeps_last_grad(self) -> bool:
@@ -266,7 +261,8 @@ class Mars(Optimizer):
             previous_grads = self._take_previous_grads(params, grads)
         else:
             previous_grads = [local(state["last_grad"]) for state in states]
-        return Batch(group, params, grads, states, previous_grads)
+        in_one_pass = cpu.can_step(params, grads, states, previous_grads, group)
+        return Batch(group, params, grads, states, previous_grads, in_one_pass)
 
     def _update(self, batch: Batch) -> None:
         group, c = batch.group, batch.c
