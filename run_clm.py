@@ -763,6 +763,33 @@ def load_blocks(texts, tokenizer, block_size: int, data_args, training_args):
     return train_blocks, eval_blocks
 
 
+class FinishingTrainer(MarsTrainer):
+    """MarsTrainer that takes no step where the checkpoint it resumes has all of them.
+
+    Trainer asks whether a run is at its end only after a step, so it would train a finished run by one step more, each
+    time it is resumed. Here everything is as in any resumed run, for every engine, except for the steps.
+    """
+
+    is_finished = False
+
+    def _init_training_state(self, *args, **kwargs):
+        progress = super()._init_training_state(*args, **kwargs)
+        self.is_finished = self.state.global_step >= self.state.max_steps
+        if self.is_finished:
+            logger.info(f"step {self.state.global_step} of {self.state.max_steps}: there is nothing left to train")
+        return progress
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.is_finished:
+            self.control.should_training_stop = True  # a stream has epochs without end
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if not (self.is_finished and "train_loss" in logs):  # the loss of no step would be logged as 0
+            super().log(logs, *args, **kwargs)
+
+
 def generate_sample(trainer, tokenizer, prompt: str) -> str:
     """The prompt and up to SAMPLE_TOKENS tokens that the model continues it with, drawn with the run's seed."""
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -880,7 +907,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Losses and accuracy are summed batch by batch: neither logits nor predictions pile up.
     training_args.batch_eval_metrics = True
-    trainer = MarsTrainer(
+    trainer = FinishingTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks,
@@ -896,11 +923,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if training_args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
-        if not data_args.streaming:
-            metrics["train_samples"] = len(train_blocks)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        results.update(metrics)
+        if not trainer.is_finished:
+            if not data_args.streaming:
+                metrics["train_samples"] = len(train_blocks)
+            trainer.log_metrics("train", metrics)
+            trainer.save_metrics("train", metrics)
+            results.update(metrics)
     if training_args.do_eval:
         metrics = trainer.evaluate()
         metrics["eval_samples"] = len(eval_blocks)

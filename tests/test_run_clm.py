@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -403,6 +404,51 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
     )
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     assert (output_dir / "tokenizer.json").read_text() == (tmp_path / "out" / "tokenizer.json").read_text()
+
+
+def weights_of(output_dir):
+    return (output_dir / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        ("--max_steps", 5),
+        ("--num_train_epochs", 1.5, "--max_train_samples", 24),  # 3 steps an epoch
+        ("--max_steps", 5, "--streaming"),
+        ("--max_steps", 5, "--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 2),
+    ],
+    ids=lambda length: " ".join(map(str, length)),
+)
+def test_a_finished_run_is_not_trained_on(tmp_path, length):
+    train = ("--train_file", write_documents(tmp_path / "a.txt"), "--cache_dir", tmp_path / "cache")
+    # With a learning rate that climbs, the last of several models is worse than the first.
+    rate = ("--learning_rate", 1.0, "--lr_scheduler_type", "constant", "--max_eval_samples", 2, "--save_steps", 2)
+    run = (*train, *length, *rate, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "auto")
+    finished = run_main(*run)
+    weights, history = weights_of(tmp_path / "out"), log_history(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()  # as if the job had been killed before it saved the model
+    checkpoints = sorted(tmp_path.glob("out/checkpoint-*"))
+
+    again = run_main(*run)
+    assert weights_of(tmp_path / "out") == weights
+    assert again["eval_loss"] == finished["eval_loss"]
+    assert "train_loss" in finished and "train_loss" not in again
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_loss"] == finished["train_loss"]
+    assert sorted(tmp_path.glob("out/checkpoint-*")) == checkpoints
+    steps = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    assert [(entry["step"], entry["loss"]) for entry in log_history(tmp_path / "out") if "loss" in entry] == steps
+    assert not [entry for entry in log_history(tmp_path / "out") if "train_loss" in entry]
+    if "--load_best_model_at_end" in length:
+        assert weights != weights_of(checkpoints[-1])
+
+
+def test_a_finished_run_goes_on_when_its_steps_are_raised(trained, tmp_path):
+    shutil.copytree(trained[0] / "checkpoint-40", tmp_path / "checkpoint-40")
+    run = ("--output_dir", tmp_path, "--max_eval_samples", 2, "--resume_from_checkpoint", "auto")
+    metrics = run_main(*run, "--max_steps", 42)
+    assert log_history(tmp_path)[-1]["step"] == 42 and metrics["train_loss"] > 0
+    assert weights_of(tmp_path) != weights_of(tmp_path / "checkpoint-40")
 
 
 @pytest.mark.parametrize("own_validation", [False, True])
