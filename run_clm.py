@@ -10,7 +10,6 @@ docs/run_clm.md describes every argument.
 
 import difflib
 import importlib.util
-import json
 import logging
 import re
 import shutil
@@ -18,7 +17,6 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer
@@ -37,6 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
+from hf_mars.argument_files import arguments_of, values_of_file
 from hf_mars.corpus import (
     END_OF_TEXT,
     TokenBlocks,
@@ -207,6 +206,14 @@ class RunArguments:
     )
 
 
+ARGUMENT_FILES = (".json", ".yaml", ".yml")
+
+
+class ArgumentParser(HfArgumentParser):
+    def error(self, message: str):
+        raise UsageError(message)  # argparse would print all arguments before the message
+
+
 def parse_arguments(argv: list[str]):
     """(ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments) from the command line.
 
@@ -214,24 +221,29 @@ def parse_arguments(argv: list[str]):
     and files of text or tokens there take the place of a data set in the file.
     Training and evaluation are both on unless do_train or do_eval says otherwise.
     """
-    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        values, argv = values_of_file(Path(argv[0])), argv[1:]
-        if any(argument.startswith(("--train_file", "--validation_file")) for argument in argv):
-            for name in ("dataset_name", "dataset_config_name"):
-                values.pop(name, None)
-        argv = arguments_of(values) + argv
-    parser = HfArgumentParser(
+    parser = ArgumentParser(
         (ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments),
         description=__doc__.split("\n")[0] + " Does both training and evaluation unless do_train or do_eval is given.",
     )
     # None tells "not given" from "false", which TrainingArguments cannot. A job has one log, not one a node.
     parser.set_defaults(do_train=None, do_eval=None, log_on_each_node=False)
+    if argv and argv[0].endswith(ARGUMENT_FILES):
+        values, argv = values_of_file(Path(argv[0])), argv[1:]
+        if any(argument.startswith(("--train_file", "--validation_file")) for argument in argv):
+            for name in ("dataset_name", "dataset_config_name"):
+                values.pop(name, None)
+        of_many_values = {action.dest for action in parser._actions if action.nargs == "+"}
+        argv = arguments_of(values, of_many_values) + argv
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if unknown and not unknown[0].startswith("-"):
+        raise UsageError(
+            f"{unknown[0]}: belongs to no argument; put a pattern in quotes, and a file of arguments first of all"
+        )
     if unknown:
         names = [f.name for arguments in parsed for f in fields(arguments) if f.init]
         key = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
@@ -243,38 +255,6 @@ def parse_arguments(argv: list[str]):
     training_args.do_train = bool(training_args.do_train)
     training_args.do_eval = bool(training_args.do_eval) or training_args.eval_strategy != "no"
     return parsed
-
-
-def values_of_file(path: Path) -> dict:
-    """The arguments in a json or yaml file, on top of those of the files that its key `include` lists.
-
-    Included files are named relative to the file; of two, the later one counts.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: cannot be read as a file of arguments: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: must hold one mapping of argument names to values, not a {type(values).__name__}")
-    included = values.pop("include", [])
-    if not isinstance(included, list):
-        raise UsageError(f"{path}: include: {included!r}: must be a list of files")
-    merged = {}
-    for name in included:
-        merged.update(values_of_file(path.parent / name))
-    return merged | values
-
-
-def arguments_of(values: dict) -> list[str]:
-    """The command line that a mapping of argument names to values stands for."""
-    argv = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return argv
 
 
 def set_accumulation(global_batch_size: int, training_args) -> None:
@@ -741,7 +721,8 @@ def load_blocks(texts, tokenizer, block_size: int, data_args, training_args):
         if training_args.do_train and data_args.streaming:
             train_blocks = TokenStream(texts["train"], tokenizer, block_size, data_args.max_train_samples)
             if next(iter(train_blocks), None) is None:
-                raise UsageError(f"--block_size {block_size}: the training text has fewer tokens than that")
+                source = texts["train"].source
+                raise UsageError(f"--block_size {block_size}: {source} has fewer tokens than that")
         elif training_args.do_train:
             train_blocks = stored_blocks("train", data_args.max_train_samples)
         if training_args.do_eval:
@@ -954,5 +935,5 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
-        print(f"run_clm.py: error: {error}", file=sys.stderr)
+        print(f"run_clm.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

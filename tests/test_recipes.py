@@ -6,6 +6,7 @@ import pytest
 from clm_helpers import QUIET, ROOT, log_history, run_clm, write_documents
 from tokenizers import Tokenizer
 
+from hf_mars.argument_files import values_of_file
 from hf_mars.corpus import END_OF_TEXT, Texts, train_bpe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -63,7 +64,7 @@ def test_hyperparameters_are_the_papers(path):
         assert training_args.optim == "adamw_torch_fused"
         assert (training_args.learning_rate, training_args.weight_decay, betas) == (adamw_lr, 0.1, (0.9, 0.95))
         assert training_args.optim_args is None
-    assert run_clm.values_of_file(path)["bf16"] is True
+    assert values_of_file(path)["bf16"] is True
     assert training_args.output_dir == f"out/{path.stem}"
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import runpy
 import shutil
 
 import pytest
@@ -65,7 +66,7 @@ def test_training_and_evaluation_are_on_unless_one_is_chosen(arguments, expected
 def test_a_file_of_arguments_and_the_command_line_on_top(tmp_path, suffix):
     values = {
         "output_dir": "x",
-        "learning_rate": "1e-3",  # as YAML reads 1e-3
+        "learning_rate": 1e-3,
         "do_eval": True,
         "streaming": False,
         "max_steps": 7,
@@ -91,9 +92,56 @@ def test_a_file_of_arguments_includes_others(tmp_path):
     training_args = parse(tmp_path / "c.yaml")[-1]
     assert (training_args.max_steps, training_args.seed, training_args.logging_steps) == (1, 2, 2)
     assert training_args.output_dir == "c"
-    (tmp_path / "c.yaml").write_text("include: parts/a.yaml")
-    with pytest.raises(UsageError, match=r"include: 'parts/a\.yaml': must be a list"):
-        parse(tmp_path / "c.yaml")
+
+
+FILE_VALUES = {
+    "lr_scheduler_kwargs: {min_lr: 1e-5}": {"lr_scheduler_kwargs": {"min_lr": 1e-5}},
+    "learning_rate: 2E-3": {"learning_rate": 2e-3},
+    "seed: 010": {"seed": 10},
+    "save_strategy: no": {"save_strategy": "no"},
+    "do_eval: false\ndo_train: True": {"do_eval": False, "do_train": True},
+    "dataset_config_name: 2024-01-01": {"dataset_config_name": "2024-01-01"},
+    "sample_prompt: yes": {"sample_prompt": "yes"},
+    "resume_from_checkpoint: true": {"resume_from_checkpoint": "true"},
+    "tokenizer_name: ~\nsample_prompt: null": {"tokenizer_name": None, "sample_prompt": None},
+    "lora_target_modules: [c_attn, c_fc]": {"lora_target_modules": "c_attn,c_fc"},
+    "report_to: [none]\nlabel-names: [a, b]": {"report_to": [], "label_names": ["a", "b"]},
+    "optim_args: {gamma: 1e-2, max_norm: none, exact: true}": {"optim_args": "gamma=0.01,max_norm=none,exact=true"},
+    "optim_args: {max_norm: null}": {"optim_args": "max_norm=none"},
+    "config_overrides: {n_layer: 2, scale_attn_weights: false}": {
+        "config_overrides": "n_layer=2,scale_attn_weights=false"
+    },
+    "config_overrides: [n_layer=2, n_head=2]": {"config_overrides": "n_layer=2,n_head=2"},
+}
+
+
+@pytest.mark.parametrize("text, expected", FILE_VALUES.items(), ids=FILE_VALUES)
+def test_values_of_a_file_arrive_as_they_are_written(tmp_path, text, expected):
+    (tmp_path / "a.yaml").write_text(text)
+    parsed = {name: value for arguments in parse(tmp_path / "a.yaml") for name, value in vars(arguments).items()}
+    assert {name: parsed[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- a list", "must hold one mapping"),
+        ("{unclosed", "cannot be read as a file of arguments"),
+        (None, "cannot be read as a file of arguments"),
+        ("report_to: []", r"report_to: \[\]: is an empty list; leave it out for the default"),
+        ("include: parts/a.yaml", r"include: 'parts/a\.yaml': must be a list of files"),
+        ("include: [1]", r"include: \[1\]: must be a list of files"),
+        ("include: [b.yaml]", r"b\.yaml: include: arguments\.yaml: would include itself"),
+        ("include: [missing.yaml]", r"missing\.yaml: cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_arguments(tmp_path, text, message):
+    path = tmp_path / "arguments.yaml"
+    if text:
+        path.write_text(text)
+    (tmp_path / "b.yaml").write_text("include: [arguments.yaml]")
+    with pytest.raises(UsageError, match=message):
+        parse(path)
 
 
 def test_files_on_the_command_line_replace_a_data_set_in_the_file(tmp_path):
@@ -129,16 +177,13 @@ def test_the_global_batch_sets_the_accumulation(monkeypatch, options, expected):
         assert training_args.gradient_accumulation_steps == expected
 
 
-@pytest.mark.parametrize("text", ["- a list", "{unclosed", None])
-def test_a_file_that_holds_no_arguments(tmp_path, text):
-    path = tmp_path / "arguments.yaml"
-    if text:
-        path.write_text(text)
-    with pytest.raises(UsageError, match=r"arguments\.yaml: "):
-        parse(path)
-
-
 REFUSED = {
+    "--save_strategy foo": "--save_strategy.* invalid choice: 'foo'.*steps",
+    "--learning_rate abc": "--learning_rate.* invalid float value: 'abc'",
+    "--lora 4": "ambiguous option: --lora could match --lora_r",
+    "--seed": "--seed: expected one argument",
+    "--train_file 1.jsonl 2.jsonl": "2.jsonl: belongs to no argument; .*pattern in quotes, .*file of arguments first",
+    "--max_steps 3 a.yaml": "a.yaml: belongs to no argument; .*pattern in quotes, .*file of arguments first",
     "--optim_args gamm=0.1": r"'gamm'.*nearest.*'gamma'",
     "--optim_args gamma=abc": "gamma='abc'",
     "--learning_rat_ 1": "unknown argument --learning_rat_; the nearest valid one is --learning_rate",
@@ -174,6 +219,7 @@ REFUSED = {
     "--streaming": "--streaming needs --max_steps, a positive number, not -1",
     "--streaming --max_steps 1 --dataloader_num_workers 2": "--dataloader_num_workers 2: .*at most 1",
     "--streaming --max_steps 1 --train_file two.txt --validation_file two.txt": "--block_size 128: .*fewer tokens",
+    "--streaming --max_steps 1 --train_file two.txt": "128: .* first 500 rows, .*--validation_split_percentage 5",
     "--config_name untyped.json": "--config_name untyped.json: no model configuration there: .*model_type",
     "--dataset_name folder --validation_split_percentage 0": "--dataset_name folder: has no validation split",
     "--attn_implementation nosuch": "--attn_implementation nosuch: .*eager",
@@ -597,10 +643,28 @@ def test_the_command_trains_and_saves(optim, tmp_path):
     assert model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, pad_token_id=0).shape[1] > 5
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--save_strategy", "foo"], "invalid choice: 'foo'"),
+        (["unclosed.yaml"], "unclosed.yaml: cannot be read as a file of arguments: while parsing"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unclosed.yaml").write_text("{unclosed")
+    monkeypatch.setattr("sys.argv", ["run_clm.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "run_clm.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert error.startswith("run_clm.py: error: ") and words in error
+    assert error.count("\n") == 1 and error.endswith("\n")
+
+
 def test_the_command_fails_in_one_line_before_anything_is_made(tmp_path):
     run = run_script("--optim", "mars_adamw", "--optim_args", "gamm=0.1", "--output_dir", "x", cwd=tmp_path)
     assert run.returncode == 2
     error = run.stderr.strip().splitlines()[-1]
     assert error.startswith("run_clm.py: error: ") and "'gamm'" in error and "'gamma'" in error
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in run.stderr and "usage:" not in run.stderr
     assert not (tmp_path / "x").exists()
