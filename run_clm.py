@@ -10,6 +10,7 @@ docs/run_clm.md describes every argument.
 
 import difflib
 import importlib.util
+import json
 import logging
 import re
 import shutil
@@ -32,6 +33,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
@@ -128,6 +130,9 @@ class ModelArguments:
             "the model's type."
         },
     )
+
+    # (name, revision) of the model that the adapters in model_name_or_path are for, if there are any.
+    base_model: tuple[str, str | None] | None = field(default=None, init=False)
 
     @property
     def is_pretrained(self) -> bool:
@@ -521,15 +526,39 @@ def hub_options(model_args) -> dict:
     }
 
 
+def find_base_model(model_args) -> None:
+    """Set base_model where model_name_or_path holds adapters, as runs with --lora_r leave them."""
+    name = model_args.model_name_or_path
+    options = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
+    try:
+        path = find_adapter_config_file(name, **options)
+    except (OSError, ValueError):
+        return  # load_config says what is wrong
+    if path is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"--model_name_or_path {name}: holds adapters, which need the package peft: pip install peft")
+    if model_args.lora_r is not None:
+        raise UsageError(
+            f"--lora_r {model_args.lora_r}: --model_name_or_path {name} holds adapters, which are trained further; "
+            "drop it, or give the model that they are for"
+        )
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    model_args.base_model = config["base_model_name_or_path"], config.get("revision")
+
+
 def load_config(model_args, block_size: int | None):
     """The model's configuration, still without the vocabulary of a tokenizer that is to be trained."""
     argument = "config_name" if model_args.config_name else "model_name_or_path"
     if name := getattr(model_args, argument):
-        revision = {} if model_args.config_name else {"revision": model_args.model_revision}
+        source, revision = f"--{argument} {name}", None if model_args.config_name else model_args.model_revision
+        if argument == "model_name_or_path" and model_args.base_model:
+            name, revision = model_args.base_model
+            source += f", adapters of {name}"
         try:
-            config = AutoConfig.from_pretrained(name, **revision, **hub_options(model_args))
+            config = AutoConfig.from_pretrained(name, revision=revision, **hub_options(model_args))
         except (OSError, ValueError) as error:
-            raise UsageError(f"--{argument} {name}: no model configuration there: {error}") from error
+            raise UsageError(f"{source}: no model configuration there: {error}") from error
     elif model_args.model_type is not None:
         config = CONFIG_MAPPING[model_args.model_type]()
     else:
@@ -570,18 +599,28 @@ def load_tokenizer(model_args, data_args, checkpoint: str | None):
     """The tokenizer that is named, or that a resumed run trained; None if one is to be trained, or not needed."""
     if model_args.trains_tokenizer:
         return AutoTokenizer.from_pretrained(checkpoint) if checkpoint and not data_args.are_tokens else None
-    argument = "tokenizer_name" if model_args.tokenizer_name else "model_name_or_path"
-    name = getattr(model_args, argument)
-    revision = {} if model_args.tokenizer_name else {"revision": model_args.model_revision}
+    if name := model_args.tokenizer_name:
+        return read_tokenizer(f"--tokenizer_name {name}", name, None, model_args)
+    name = model_args.model_name_or_path
+    try:
+        return read_tokenizer(f"--model_name_or_path {name}", name, model_args.model_revision, model_args)
+    except UsageError:
+        if model_args.base_model is None:
+            raise
+        base, revision = model_args.base_model
+        return read_tokenizer(f"--model_name_or_path {name}, adapters of {base}", base, revision, model_args)
+
+
+def read_tokenizer(source: str, name: str, revision: str | None, model_args):
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, use_fast=model_args.use_fast_tokenizer, **revision, **hub_options(model_args)
+            name, use_fast=model_args.use_fast_tokenizer, revision=revision, **hub_options(model_args)
         )
     except (OSError, ValueError) as error:
-        raise UsageError(f"--{argument} {name}: no tokenizer there: {error}") from error
+        raise UsageError(f"{source}: no tokenizer there: {error}") from error
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
         # Without its files, transformers makes a tokenizer of nothing but special tokens.
-        raise UsageError(f"--{argument} {name}: no tokenizer there; give --tokenizer_name")
+        raise UsageError(f"{source}: no tokenizer there; give --tokenizer_name")
     return tokenizer
 
 
@@ -628,12 +667,9 @@ def load_model(config, model_args):
         options["attn_implementation"] = model_args.attn_implementation
     try:
         if model_args.is_pretrained:
+            name, revision = model_args.base_model or (model_args.model_name_or_path, model_args.model_revision)
             model = AutoModelForCausalLM.from_pretrained(
-                model_args.model_name_or_path,
-                config=config,
-                revision=model_args.model_revision,
-                **options,
-                **hub_options(model_args),
+                name, config=config, revision=revision, **options, **hub_options(model_args)
             )
         else:
             if model_args.dtype == "auto":
@@ -649,10 +685,29 @@ def load_model(config, model_args):
         model.loss_type = "ForCausalLM"
     kind = "fine-tuning" if model_args.is_pretrained else "new model"
     logger.info(f"{kind}: {type(model).__name__} with {model.num_parameters():,} parameters in {model.dtype}")
-    return model if model_args.lora_r is None else add_adapters(model, model_args)
+    if model_args.base_model is None and model_args.lora_r is None:
+        return model
+    model = load_adapters(model, model_args) if model_args.base_model else new_adapters(model, model_args)
+    trained, total = model.get_nb_trainable_parameters()
+    logger.info(
+        f"{trained:,} of {total:,} parameters are trained, adapters of the {model.active_peft_config.peft_type}"
+    )
+    return model
 
 
-def add_adapters(model, model_args):
+def load_adapters(model, model_args):
+    """The model with the adapters in model_name_or_path, which are trained further."""
+    from peft import PeftModel
+
+    name = model_args.model_name_or_path
+    options = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
+    try:
+        return PeftModel.from_pretrained(model, name, is_trainable=True, **options)
+    except (RuntimeError, ValueError) as error:  # of another shape, or for other modules
+        raise UsageError(f"--model_name_or_path {name}: the adapters do not fit their model: {error}") from error
+
+
+def new_adapters(model, model_args):
     """The model with LoRA adapters, which alone are trained and saved."""
     from peft import LoraConfig, get_peft_model
 
@@ -669,9 +724,7 @@ def add_adapters(model, model_args):
         model = get_peft_model(model, config)
     except ValueError as error:  # no such modules, or no choice of peft's for this model
         raise UsageError(f"--lora_target_modules {modules}: {error}") from error
-    trained, total = model.get_nb_trainable_parameters()
-    adapted = ", ".join(sorted(model.active_peft_config.target_modules))
-    logger.info(f"LoRA: {trained:,} of {total:,} parameters are trained, the adapters of {adapted}")
+    logger.info(f"LoRA adapters of {', '.join(sorted(model.active_peft_config.target_modules))}")
     return model
 
 
@@ -835,6 +888,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         logger.info(f"resuming from {checkpoint}")
 
     with all_or_none():
+        if model_args.is_pretrained:
+            find_base_model(model_args)
         config = load_config(model_args, data_args.block_size)
         block_size = choose_block_size(data_args.block_size, config)
         tokenizer = load_tokenizer(model_args, data_args, checkpoint)

@@ -572,6 +572,60 @@ def test_lora_trains_and_saves_adapters_only(trained, tmp_path):
     assert resumed["eval_loss"] == metrics["eval_loss"]
 
 
+@pytest.fixture(scope="module")
+def adapters(trained, tmp_path_factory):
+    """(output folder, metrics) of a run with --lora_r."""
+    output_dir = tmp_path_factory.mktemp("adapters")
+    arguments = ("--model_name_or_path", trained[0], "--output_dir", output_dir, "--max_steps", 5)
+    metrics = run_main(*arguments, "--learning_rate", 1e-1, "--lora_r", 4, "--max_eval_samples", 21)
+    return output_dir, metrics
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_model_with_adapters_is_evaluated(trained, adapters, tmp_path, has_tokenizer):
+    folder = shutil.copytree(adapters[0], tmp_path / "adapters")
+    if not has_tokenizer:  # then it is the base model's
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    arguments = ("--do_eval", "--output_dir", tmp_path / "out", "--max_eval_samples", 21)
+    evaluated = run_main(*arguments, "--model_name_or_path", folder)
+    assert evaluated["eval_loss"] == pytest.approx(adapters[1]["eval_loss"], rel=1e-6)
+    assert abs(evaluated["eval_loss"] - trained[1]["eval_loss"]) > 1e-3
+
+
+def test_fine_tuning_goes_on_with_the_adapters_of_a_model(trained, adapters, tmp_path, capsys):
+    metrics = run_main(
+        *("--model_name_or_path", adapters[0], "--output_dir", tmp_path, "--max_steps", 5, "--learning_rate", 1e-2),
+        *("--eval_on_start", "--max_eval_samples", 21, "--sample_prompt", "Mr. Darcy"),
+    )
+    start = log_history(tmp_path)[0]
+    assert start["step"] == 0 and start["eval_loss"] == pytest.approx(adapters[1]["eval_loss"], rel=1e-6)
+    assert metrics["eval_loss"] != start["eval_loss"]
+    assert "\nMr. Darcy" in capsys.readouterr().out
+    old, new = (json.loads((path / "adapter_config.json").read_text()) for path in (adapters[0], tmp_path))
+    assert (new["r"], new["base_model_name_or_path"]) == (4, str(trained[0])) and new["r"] == old["r"]
+    assert not (tmp_path / "model.safetensors").exists()
+    evaluated = run_main("--do_eval", "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "evaluated")
+    assert math.isfinite(evaluated["eval_loss"])
+
+
+def test_adapters_that_cannot_be_used(adapters, tmp_path, monkeypatch):
+    def refused(folder, *arguments):
+        with pytest.raises(UsageError) as refusal:
+            run_main("--model_name_or_path", folder, "--output_dir", tmp_path / "out", *arguments)
+        return str(refusal.value)
+
+    folder = shutil.copytree(adapters[0], tmp_path / "adapters")
+    assert refused(folder, "--lora_r", 8).startswith(f"--lora_r 8: --model_name_or_path {folder} holds adapters")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
+    assert refused(folder).startswith(f"--model_name_or_path {folder}, adapters of ./gone: no model configuration")
+    monkeypatch.setattr(run_clm.importlib.util, "find_spec", lambda name: None)
+    assert refused(folder) == f"--model_name_or_path {folder}: holds adapters, which need the package peft: " + (
+        "pip install peft"
+    )
+
+
 def test_lora_without_peft_says_how_to_install_it(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(run_clm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--lora_r 4: needs the package peft: pip install peft"):
