@@ -361,6 +361,12 @@ def check_arguments(model_args, data_args, run_args, training_args) -> None:
             f"--validation_file {data_args.validation_file}: there is no text to train on; "
             "give --train_file too, or --do_eval without --do_train"
         )
+    if data_args.validation_file is not None and data_args.train_file is None:
+        if model_args.trains_tokenizer and not data_args.are_tokens:
+            raise UsageError(
+                f"--validation_file {data_args.validation_file}: is no text to train a tokenizer on; "
+                "give --model_name_or_path, --tokenizer_name or --train_file too"
+            )
     if training_args.do_eval and not has_validation and data_args.validation_split_percentage == 0:
         raise UsageError(
             "--validation_split_percentage 0: leaves nothing to evaluate on; "
@@ -916,15 +922,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 cache_dir=model_args.cache_dir,
                 token=model_args.token,
             )
+        if training_args.do_train and "train" not in texts:
+            raise UsageError(
+                f"--dataset_name {data_args.dataset_name}: has no train split; give another data set, or --do_eval "
+                "without --do_train"
+            )
+        if tokenizer is None and not data_args.are_tokens and "train" not in texts:
+            raise UsageError(
+                f"--dataset_name {data_args.dataset_name}: has no train split, and a tokenizer is not trained on "
+                "validation text; give --model_name_or_path or --tokenizer_name"
+            )
         if training_args.do_eval and "validation" not in texts:
             raise UsageError(
                 f"--dataset_name {data_args.dataset_name}: has no validation split; "
                 "give --validation_split_percentage between 1 and 99, or --do_train without --do_eval"
             )
     if tokenizer is None and not data_args.are_tokens:
-        source = texts.get("train") or texts["validation"]
         vocab_size = model_args.vocab_size or DEFAULT_VOCAB_SIZE
-        tokenizer = train_tokenizer(source, vocab_size, block_size, show_progress=not training_args.disable_tqdm)
+        tokenizer = train_tokenizer(
+            texts["train"], vocab_size, block_size, show_progress=not training_args.disable_tqdm
+        )
         fit_vocabulary(config, tokenizer, model_args)
     if data_args.append_eos and tokenizer.eos_token_id is None:
         raise UsageError("--append_eos true: the tokenizer has no end-of-text token; give another --tokenizer_name")

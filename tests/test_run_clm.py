@@ -22,6 +22,7 @@ from clm_helpers import (
     write_documents,
     write_token_bin,
 )
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 from hf_mars.corpus import UsageError
@@ -215,6 +216,9 @@ REFUSED = {
     "--train_file here.txt": "--validation_split_percentage 5: 1 row",
     "--train_file two.txt": r"--block_size 128: the training text has only \d+ tokens",
     "--validation_file here.txt": "--validation_file here.txt: there is no text to train on",
+    "--do_eval --validation_file two.txt": "--validation_file two.txt: is no text to train a tokenizer on",
+    "--do_eval --dataset_name held_out": "--dataset_name held_out: has no train split, and a tokenizer is",
+    "--dataset_name held_out --tokenizer_name tokenizer": "--dataset_name held_out: has no train split; .*--do_eval",
     "--validation_file here.txt --train_file two.txt --block_size 4": "--block_size 4: the validation text has only",
     "--streaming": "--streaming needs --max_steps, a positive number, not -1",
     "--streaming --max_steps 1 --dataloader_num_workers 2": "--dataloader_num_workers 2: .*at most 1",
@@ -257,7 +261,10 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch, arguments, m
     (tmp_path / "here.txt").write_text("one")
     (tmp_path / "two.txt").write_text("one\ntwo\n")
     (tmp_path / "folder").mkdir()
-    for name in ("two.jsonl", "folder/train.jsonl"):
+    (tmp_path / "held_out").mkdir()
+    tokenizer = Tokenizer(models.WordLevel({"one": 0, "[UNK]": 1}, "[UNK]"))
+    run_clm.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
+    for name in ("two.jsonl", "folder/train.jsonl", "held_out/validation.jsonl"):
         write_documents(tmp_path / name, ["one", "two"])
     (tmp_path / "untyped.json").write_text('{"n_layer": 1}')
     (tmp_path / "b.bin").write_bytes(b"abc")
@@ -438,6 +445,30 @@ def test_evaluation_alone_writes_results_only(trained, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"all_results.json", "eval_results.json"}
 
 
+def test_a_data_set_without_training_text_can_be_evaluated(trained, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_documents(tmp_path / "data" / "validation.jsonl", DOCUMENTS[:200])
+    arguments = ("--do_eval", "--model_name_or_path", trained[0], "--output_dir", tmp_path / "out")
+    data = ("--dataset_name", tmp_path / "data", "--cache_dir", tmp_path / "cache")
+    assert run_main(*arguments, *data)["eval_samples"] > 10
+
+
+def test_a_resumed_stream_goes_on_where_it_was(tmp_path):
+    """The stream is read again up to there: more than one pass over it, since it ends after 4 steps."""
+    train = write_documents(tmp_path / "train.jsonl", DOCUMENTS[:100])
+    run = (
+        *("--streaming", "--train_file", train, "--validation_split_percentage", 0, "--do_train", "--max_steps", 6),
+        *("--cache_dir", tmp_path / "cache", "--learning_rate", 1e-2, "--save_steps", 3, "--logging_steps", 1),
+        *("--max_train_samples", 32),
+    )
+    run_main(*run, "--output_dir", tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    run_main(*run, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", checkpoint)
+    assert weights_of(tmp_path / "resumed") == weights_of(tmp_path / "whole")
+    losses = [entry["loss"] for entry in log_history(tmp_path / "resumed") if "loss" in entry]
+    assert len(losses) == 6
+
+
 def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
     output_dir, _ = trained
     monkeypatch.delattr(run_clm, "train_bpe")  # the tokenizer is the checkpoint's
@@ -525,13 +556,21 @@ def test_other_model_types_with_another_tokenizer(trained, tmp_path, model_type)
     assert (model.config.model_type, model.config.vocab_size, model.dtype) == (model_type, 300, torch.bfloat16)
 
 
-def test_max_samples_count_blocks(tmp_path):
+def test_max_samples_count_blocks(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "run_clm")
     path = write_documents(tmp_path / "a.txt")
     metrics = run_main(
         *("--train_file", path, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"),
         *("--num_train_epochs", 1, "--max_train_samples", 12, "--max_eval_samples", 3),
     )
     assert (metrics["train_samples"], metrics["eval_samples"]) == (12, 3)
+    # However few blocks are used: what is reported are the tokens that no block could have held.
+    reports = dict(re.findall(r"(training|validation): ([\d,]+ tokens, .*)", caplog.text))
+    assert reports.keys() == {"training", "validation"}
+    for split, blocks in (("training", 12), ("validation", 3)):
+        pattern = rf"([\d,]+) tokens, {blocks} blocks of 32; (\d+) tokens after the last complete block are not used"
+        tokens, dropped = (int(number.replace(",", "")) for number in re.fullmatch(pattern, reports[split]).groups())
+        assert dropped == tokens % 32
     assert log_history(tmp_path / "out")[-1]["step"] == 2  # 12 blocks in batches of 8
 
 
