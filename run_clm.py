@@ -549,6 +549,11 @@ def find_base_model(model_args) -> None:
             f"--lora_r {model_args.lora_r}: --model_name_or_path {name} holds adapters, which are trained further; "
             "drop it, or give the model that they are for"
         )
+    if (Path(name) / "config.json").is_file():
+        raise UsageError(
+            f"--model_name_or_path {name}: holds a model (config.json) and adapters (adapter_config.json); "
+            "remove the one that a later run was to replace"
+        )
     config = json.loads(Path(path).read_text(encoding="utf-8"))
     model_args.base_model = config["base_model_name_or_path"], config.get("revision")
 
@@ -695,9 +700,7 @@ def load_model(config, model_args):
         return model
     model = load_adapters(model, model_args) if model_args.base_model else new_adapters(model, model_args)
     trained, total = model.get_nb_trainable_parameters()
-    logger.info(
-        f"{trained:,} of {total:,} parameters are trained, adapters of the {model.active_peft_config.peft_type}"
-    )
+    logger.info(f"{trained:,} of {total:,} parameters are trained, those of the adapters")
     return model
 
 

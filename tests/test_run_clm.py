@@ -659,6 +659,8 @@ def test_adapters_that_cannot_be_used(adapters, tmp_path, monkeypatch):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
     assert refused(folder).startswith(f"--model_name_or_path {folder}, adapters of ./gone: no model configuration")
+    (folder / "config.json").write_text("{}")
+    assert refused(folder).startswith(f"--model_name_or_path {folder}: holds a model (config.json) and adapters")
     monkeypatch.setattr(run_clm.importlib.util, "find_spec", lambda name: None)
     assert refused(folder) == f"--model_name_or_path {folder}: holds adapters, which need the package peft: " + (
         "pip install peft"
