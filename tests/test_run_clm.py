@@ -662,9 +662,7 @@ def test_adapters_that_cannot_be_used(adapters, tmp_path, monkeypatch):
     (folder / "config.json").write_text("{}")
     assert refused(folder).startswith(f"--model_name_or_path {folder}: holds a model (config.json) and adapters")
     monkeypatch.setattr(run_clm.importlib.util, "find_spec", lambda name: None)
-    assert refused(folder) == f"--model_name_or_path {folder}: holds adapters, which need the package peft: " + (
-        "pip install peft"
-    )
+    assert refused(folder).startswith(f"--model_name_or_path {folder}: holds adapters, which need the package peft")
 
 
 def test_lora_without_peft_says_how_to_install_it(trained, tmp_path, monkeypatch):
