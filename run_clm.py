@@ -18,7 +18,6 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer
@@ -34,9 +33,11 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
+from hf_mars.argument_files import arguments_of, values_of_file
 from hf_mars.corpus import (
     END_OF_TEXT,
     TokenBlocks,
@@ -130,6 +131,9 @@ class ModelArguments:
         },
     )
 
+    # (name, revision) of the model that the adapters in model_name_or_path are for, if there are any.
+    base_model: tuple[str, str | None] | None = field(default=None, init=False)
+
     @property
     def is_pretrained(self) -> bool:
         return self.model_name_or_path is not None
@@ -207,6 +211,14 @@ class RunArguments:
     )
 
 
+ARGUMENT_FILES = (".json", ".yaml", ".yml")
+
+
+class ArgumentParser(HfArgumentParser):
+    def error(self, message: str):
+        raise UsageError(message)  # argparse would print all arguments before the message
+
+
 def parse_arguments(argv: list[str]):
     """(ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments) from the command line.
 
@@ -214,24 +226,29 @@ def parse_arguments(argv: list[str]):
     and files of text or tokens there take the place of a data set in the file.
     Training and evaluation are both on unless do_train or do_eval says otherwise.
     """
-    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        values, argv = values_of_file(Path(argv[0])), argv[1:]
-        if any(argument.startswith(("--train_file", "--validation_file")) for argument in argv):
-            for name in ("dataset_name", "dataset_config_name"):
-                values.pop(name, None)
-        argv = arguments_of(values) + argv
-    parser = HfArgumentParser(
+    parser = ArgumentParser(
         (ModelArguments, DataTrainingArguments, RunArguments, MarsTrainingArguments),
         description=__doc__.split("\n")[0] + " Does both training and evaluation unless do_train or do_eval is given.",
     )
     # None tells "not given" from "false", which TrainingArguments cannot. A job has one log, not one a node.
     parser.set_defaults(do_train=None, do_eval=None, log_on_each_node=False)
+    if argv and argv[0].endswith(ARGUMENT_FILES):
+        values, argv = values_of_file(Path(argv[0])), argv[1:]
+        if any(argument.startswith(("--train_file", "--validation_file")) for argument in argv):
+            for name in ("dataset_name", "dataset_config_name"):
+                values.pop(name, None)
+        of_many_values = {action.dest for action in parser._actions if action.nargs == "+"}
+        argv = arguments_of(values, of_many_values) + argv
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if unknown and not unknown[0].startswith("-"):
+        raise UsageError(
+            f"{unknown[0]}: belongs to no argument; put a pattern in quotes, and a file of arguments first of all"
+        )
     if unknown:
         names = [f.name for arguments in parsed for f in fields(arguments) if f.init]
         key = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
@@ -243,38 +260,6 @@ def parse_arguments(argv: list[str]):
     training_args.do_train = bool(training_args.do_train)
     training_args.do_eval = bool(training_args.do_eval) or training_args.eval_strategy != "no"
     return parsed
-
-
-def values_of_file(path: Path) -> dict:
-    """The arguments in a json or yaml file, on top of those of the files that its key `include` lists.
-
-    Included files are named relative to the file; of two, the later one counts.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: cannot be read as a file of arguments: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: must hold one mapping of argument names to values, not a {type(values).__name__}")
-    included = values.pop("include", [])
-    if not isinstance(included, list):
-        raise UsageError(f"{path}: include: {included!r}: must be a list of files")
-    merged = {}
-    for name in included:
-        merged.update(values_of_file(path.parent / name))
-    return merged | values
-
-
-def arguments_of(values: dict) -> list[str]:
-    """The command line that a mapping of argument names to values stands for."""
-    argv = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return argv
 
 
 def set_accumulation(global_batch_size: int, training_args) -> None:
@@ -376,6 +361,12 @@ def check_arguments(model_args, data_args, run_args, training_args) -> None:
             f"--validation_file {data_args.validation_file}: there is no text to train on; "
             "give --train_file too, or --do_eval without --do_train"
         )
+    if data_args.validation_file is not None and data_args.train_file is None:
+        if model_args.trains_tokenizer and not data_args.are_tokens:
+            raise UsageError(
+                f"--validation_file {data_args.validation_file}: is no text to train a tokenizer on; "
+                "give --model_name_or_path, --tokenizer_name or --train_file too"
+            )
     if training_args.do_eval and not has_validation and data_args.validation_split_percentage == 0:
         raise UsageError(
             "--validation_split_percentage 0: leaves nothing to evaluate on; "
@@ -541,15 +532,44 @@ def hub_options(model_args) -> dict:
     }
 
 
+def find_base_model(model_args) -> None:
+    """Set base_model where model_name_or_path holds adapters, as runs with --lora_r leave them."""
+    name = model_args.model_name_or_path
+    options = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
+    try:
+        path = find_adapter_config_file(name, **options)
+    except (OSError, ValueError):
+        return  # load_config says what is wrong
+    if path is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"--model_name_or_path {name}: holds adapters, which need the package peft: pip install peft")
+    if model_args.lora_r is not None:
+        raise UsageError(
+            f"--lora_r {model_args.lora_r}: --model_name_or_path {name} holds adapters, which are trained further; "
+            "drop it, or give the model that they are for"
+        )
+    if (Path(name) / "config.json").is_file():
+        raise UsageError(
+            f"--model_name_or_path {name}: holds a model (config.json) and adapters (adapter_config.json); "
+            "remove the one that a later run was to replace"
+        )
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    model_args.base_model = config["base_model_name_or_path"], config.get("revision")
+
+
 def load_config(model_args, block_size: int | None):
     """The model's configuration, still without the vocabulary of a tokenizer that is to be trained."""
     argument = "config_name" if model_args.config_name else "model_name_or_path"
     if name := getattr(model_args, argument):
-        revision = {} if model_args.config_name else {"revision": model_args.model_revision}
+        source, revision = f"--{argument} {name}", None if model_args.config_name else model_args.model_revision
+        if argument == "model_name_or_path" and model_args.base_model:
+            name, revision = model_args.base_model
+            source += f", adapters of {name}"
         try:
-            config = AutoConfig.from_pretrained(name, **revision, **hub_options(model_args))
+            config = AutoConfig.from_pretrained(name, revision=revision, **hub_options(model_args))
         except (OSError, ValueError) as error:
-            raise UsageError(f"--{argument} {name}: no model configuration there: {error}") from error
+            raise UsageError(f"{source}: no model configuration there: {error}") from error
     elif model_args.model_type is not None:
         config = CONFIG_MAPPING[model_args.model_type]()
     else:
@@ -590,18 +610,28 @@ def load_tokenizer(model_args, data_args, checkpoint: str | None):
     """The tokenizer that is named, or that a resumed run trained; None if one is to be trained, or not needed."""
     if model_args.trains_tokenizer:
         return AutoTokenizer.from_pretrained(checkpoint) if checkpoint and not data_args.are_tokens else None
-    argument = "tokenizer_name" if model_args.tokenizer_name else "model_name_or_path"
-    name = getattr(model_args, argument)
-    revision = {} if model_args.tokenizer_name else {"revision": model_args.model_revision}
+    if name := model_args.tokenizer_name:
+        return read_tokenizer(f"--tokenizer_name {name}", name, None, model_args)
+    name = model_args.model_name_or_path
+    try:
+        return read_tokenizer(f"--model_name_or_path {name}", name, model_args.model_revision, model_args)
+    except UsageError:
+        if model_args.base_model is None:
+            raise
+        base, revision = model_args.base_model
+        return read_tokenizer(f"--model_name_or_path {name}, adapters of {base}", base, revision, model_args)
+
+
+def read_tokenizer(source: str, name: str, revision: str | None, model_args):
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, use_fast=model_args.use_fast_tokenizer, **revision, **hub_options(model_args)
+            name, use_fast=model_args.use_fast_tokenizer, revision=revision, **hub_options(model_args)
         )
     except (OSError, ValueError) as error:
-        raise UsageError(f"--{argument} {name}: no tokenizer there: {error}") from error
+        raise UsageError(f"{source}: no tokenizer there: {error}") from error
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
         # Without its files, transformers makes a tokenizer of nothing but special tokens.
-        raise UsageError(f"--{argument} {name}: no tokenizer there; give --tokenizer_name")
+        raise UsageError(f"{source}: no tokenizer there; give --tokenizer_name")
     return tokenizer
 
 
@@ -648,12 +678,9 @@ def load_model(config, model_args):
         options["attn_implementation"] = model_args.attn_implementation
     try:
         if model_args.is_pretrained:
+            name, revision = model_args.base_model or (model_args.model_name_or_path, model_args.model_revision)
             model = AutoModelForCausalLM.from_pretrained(
-                model_args.model_name_or_path,
-                config=config,
-                revision=model_args.model_revision,
-                **options,
-                **hub_options(model_args),
+                name, config=config, revision=revision, **options, **hub_options(model_args)
             )
         else:
             if model_args.dtype == "auto":
@@ -669,10 +696,27 @@ def load_model(config, model_args):
         model.loss_type = "ForCausalLM"
     kind = "fine-tuning" if model_args.is_pretrained else "new model"
     logger.info(f"{kind}: {type(model).__name__} with {model.num_parameters():,} parameters in {model.dtype}")
-    return model if model_args.lora_r is None else add_adapters(model, model_args)
+    if model_args.base_model is None and model_args.lora_r is None:
+        return model
+    model = load_adapters(model, model_args) if model_args.base_model else new_adapters(model, model_args)
+    trained, total = model.get_nb_trainable_parameters()
+    logger.info(f"{trained:,} of {total:,} parameters are trained, those of the adapters")
+    return model
 
 
-def add_adapters(model, model_args):
+def load_adapters(model, model_args):
+    """The model with the adapters in model_name_or_path, which are trained further."""
+    from peft import PeftModel
+
+    name = model_args.model_name_or_path
+    options = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir, "token": model_args.token}
+    try:
+        return PeftModel.from_pretrained(model, name, is_trainable=True, **options)
+    except (RuntimeError, ValueError) as error:  # of another shape, or for other modules
+        raise UsageError(f"--model_name_or_path {name}: the adapters do not fit their model: {error}") from error
+
+
+def new_adapters(model, model_args):
     """The model with LoRA adapters, which alone are trained and saved."""
     from peft import LoraConfig, get_peft_model
 
@@ -689,9 +733,7 @@ def add_adapters(model, model_args):
         model = get_peft_model(model, config)
     except ValueError as error:  # no such modules, or no choice of peft's for this model
         raise UsageError(f"--lora_target_modules {modules}: {error}") from error
-    trained, total = model.get_nb_trainable_parameters()
-    adapted = ", ".join(sorted(model.active_peft_config.target_modules))
-    logger.info(f"LoRA: {trained:,} of {total:,} parameters are trained, the adapters of {adapted}")
+    logger.info(f"LoRA adapters of {', '.join(sorted(model.active_peft_config.target_modules))}")
     return model
 
 
@@ -741,7 +783,8 @@ def load_blocks(texts, tokenizer, block_size: int, data_args, training_args):
         if training_args.do_train and data_args.streaming:
             train_blocks = TokenStream(texts["train"], tokenizer, block_size, data_args.max_train_samples)
             if next(iter(train_blocks), None) is None:
-                raise UsageError(f"--block_size {block_size}: the training text has fewer tokens than that")
+                source = texts["train"].source
+                raise UsageError(f"--block_size {block_size}: {source} has fewer tokens than that")
         elif training_args.do_train:
             train_blocks = stored_blocks("train", data_args.max_train_samples)
         if training_args.do_eval:
@@ -761,6 +804,33 @@ def load_blocks(texts, tokenizer, block_size: int, data_args, training_args):
                 + ("" if data_args.streaming else rest)
             )
     return train_blocks, eval_blocks
+
+
+class FinishingTrainer(MarsTrainer):
+    """MarsTrainer that takes no step where the checkpoint it resumes has all of them.
+
+    Trainer asks whether a run is at its end only after a step, so it would train a finished run by one step more, each
+    time it is resumed. Here everything is as in any resumed run, for every engine, except for the steps.
+    """
+
+    is_finished = False
+
+    def _init_training_state(self, *args, **kwargs):
+        progress = super()._init_training_state(*args, **kwargs)
+        self.is_finished = self.state.global_step >= self.state.max_steps
+        if self.is_finished:
+            logger.info(f"step {self.state.global_step} of {self.state.max_steps}: there is nothing left to train")
+        return progress
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.is_finished:
+            self.control.should_training_stop = True  # a stream has epochs without end
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if not (self.is_finished and "train_loss" in logs):  # the loss of no step would be logged as 0
+            super().log(logs, *args, **kwargs)
 
 
 def generate_sample(trainer, tokenizer, prompt: str) -> str:
@@ -827,6 +897,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         logger.info(f"resuming from {checkpoint}")
 
     with all_or_none():
+        if model_args.is_pretrained:
+            find_base_model(model_args)
         config = load_config(model_args, data_args.block_size)
         block_size = choose_block_size(data_args.block_size, config)
         tokenizer = load_tokenizer(model_args, data_args, checkpoint)
@@ -853,15 +925,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 cache_dir=model_args.cache_dir,
                 token=model_args.token,
             )
+        if training_args.do_train and "train" not in texts:
+            raise UsageError(
+                f"--dataset_name {data_args.dataset_name}: has no train split; give another data set, or --do_eval "
+                "without --do_train"
+            )
+        if tokenizer is None and not data_args.are_tokens and "train" not in texts:
+            raise UsageError(
+                f"--dataset_name {data_args.dataset_name}: has no train split, and a tokenizer is not trained on "
+                "validation text; give --model_name_or_path or --tokenizer_name"
+            )
         if training_args.do_eval and "validation" not in texts:
             raise UsageError(
                 f"--dataset_name {data_args.dataset_name}: has no validation split; "
                 "give --validation_split_percentage between 1 and 99, or --do_train without --do_eval"
             )
     if tokenizer is None and not data_args.are_tokens:
-        source = texts.get("train") or texts["validation"]
         vocab_size = model_args.vocab_size or DEFAULT_VOCAB_SIZE
-        tokenizer = train_tokenizer(source, vocab_size, block_size, show_progress=not training_args.disable_tqdm)
+        tokenizer = train_tokenizer(
+            texts["train"], vocab_size, block_size, show_progress=not training_args.disable_tqdm
+        )
         fit_vocabulary(config, tokenizer, model_args)
     if data_args.append_eos and tokenizer.eos_token_id is None:
         raise UsageError("--append_eos true: the tokenizer has no end-of-text token; give another --tokenizer_name")
@@ -880,7 +963,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Losses and accuracy are summed batch by batch: neither logits nor predictions pile up.
     training_args.batch_eval_metrics = True
-    trainer = MarsTrainer(
+    trainer = FinishingTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks,
@@ -896,11 +979,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if training_args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
-        if not data_args.streaming:
-            metrics["train_samples"] = len(train_blocks)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        results.update(metrics)
+        if not trainer.is_finished:
+            if not data_args.streaming:
+                metrics["train_samples"] = len(train_blocks)
+            trainer.log_metrics("train", metrics)
+            trainer.save_metrics("train", metrics)
+            results.update(metrics)
     if training_args.do_eval:
         metrics = trainer.evaluate()
         metrics["eval_samples"] = len(eval_blocks)
@@ -926,5 +1010,5 @@ if __name__ == "__main__":
     try:
         main()
     except UsageError as error:
-        print(f"run_clm.py: error: {error}", file=sys.stderr)
+        print(f"run_clm.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

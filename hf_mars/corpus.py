@@ -11,9 +11,12 @@ from it without regard to where texts or batches end; only the last, incomplete 
 reported.
 """
 
+import contextlib
 import glob
 import itertools
 import logging
+import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +56,27 @@ def packaged_novel() -> Path:
 # ---- texts ----
 
 
+@contextlib.contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """What goes wrong while `datasets` reads a source, be it all of it at once or a stream, becomes a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    # Each format and compression fails in its own way: arrow and pandas with ValueErrors, scripts with RuntimeErrors.
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        lzma.LZMAError,
+        zlib.error,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        raise UsageError(f"{source}: cannot be read: {(is_wrapped and error.__cause__) or error}") from error
+
+
 @dataclass(frozen=True)
 class Texts:
     """The texts of one split.
@@ -62,11 +86,13 @@ class Texts:
         joiner: None where each row is a document of its own (it gets the tokenizer's special tokens, if it adds any).
             A string where the rows are the lines of one running text, which this string joins.
         append_eos: whether the tokenizer's end-of-text token follows each document.
+        source: what messages call the texts.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
     joiner: str | None = None
     append_eos: bool = False
+    source: str = "the texts"
 
     @property
     def is_stream(self) -> bool:
@@ -74,9 +100,10 @@ class Texts:
 
     def batches(self, max_rows: int | None = None) -> Iterator[list[str]]:
         """What to tokenise, ROWS_PER_BATCH rows at a time, of the first max_rows rows."""
-        rows = itertools.islice(self.rows, max_rows)
-        while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
-            yield join_rows([row["text"] for row in batch], self.joiner)
+        with _reading(self.source):
+            rows = itertools.islice(self.rows, max_rows)
+            while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
+                yield join_rows([row["text"] for row in batch], self.joiner)
 
 
 def join_rows(rows: list[str | None], joiner: str | None) -> list[str]:
@@ -176,16 +203,14 @@ def _load_file(
         options.update(keep_default_na=False, na_values=[""])
     # `datasets` reads every name as a pattern.
     data_files = {"train": [glob.escape(name) for name in _files(path)]}
-    try:
+    source = f"{argument} {path}"
+    with _reading(source):
         rows = datasets.load_dataset(
             builder, data_files=data_files, split="train", streaming=streaming, cache_dir=cache_dir, **options
         )
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise UsageError(f"{argument} {path}: cannot be read as {builder}: {error.__cause__ or error}") from error
-    rows = _text_column(rows, text_column, f"{argument} {path}")
-    if builder != "text":
-        return Texts(rows)
-    return Texts(rows, joiner="" if keep_linebreaks else " ")
+        rows = _text_column(rows, text_column, source)
+    joiner = None if builder != "text" else "" if keep_linebreaks else " "
+    return Texts(rows, joiner=joiner, source=source)
 
 
 def _load_hub(
@@ -197,14 +222,12 @@ def _load_hub(
     token: str | None,
 ) -> dict[str, Texts]:
     source = f"--dataset_name {name}" + (f" --dataset_config_name {config_name}" if config_name else "")
-    try:
+    with _reading(source):
         loaded = datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=cache_dir, token=token)
-    except (OSError, ValueError) as error:  # no network, no such data set, no such configuration
-        raise UsageError(f"{source}: {error}") from error
-    if "train" not in loaded:
-        raise UsageError(f"{source}: has no split named train, only {', '.join(loaded)}")
-    splits = [split for split in ("train", "validation") if split in loaded]
-    return {split: Texts(_text_column(loaded[split], text_column, source)) for split in splits}
+        splits = [split for split in ("train", "validation") if split in loaded]
+        if not splits:
+            raise UsageError(f"{source}: has no split named train or validation, only {', '.join(loaded)}")
+        return {split: Texts(_text_column(loaded[split], text_column, source), source=source) for split in splits}
 
 
 def _text_column(rows: datasets.Dataset | datasets.IterableDataset, column: str | None, source: str):
@@ -236,16 +259,19 @@ def _hold_out(texts: Texts, percentage: int) -> tuple[Texts, Texts]:
         held_out = STREAM_WINDOW * percentage // 100
         logger.info(f"validation: the first {held_out:,} rows of the stream; training: all the others")
         train, validation = rows.skip(held_out), rows.take(held_out)
-    else:
-        held_out = -(-len(rows) * percentage // 100)
-        if held_out >= len(rows):
-            raise UsageError(
-                f"--validation_split_percentage {percentage}: {len(rows)} row(s) of text cannot be split; "
-                "give --validation_file, or 0 for no validation"
-            )
-        logger.info(f"validation: the last {held_out:,} of {len(rows):,} rows; training: all the others")
-        first = len(rows) - held_out
-        train, validation = rows.select(range(first)), rows.select(range(first, len(rows)))
+        rest = (
+            f"{texts.source} after its first {held_out} rows, held out by --validation_split_percentage {percentage},"
+        )
+        return replace(texts, rows=train, source=rest), replace(texts, rows=validation)
+    held_out = -(-len(rows) * percentage // 100)
+    if held_out >= len(rows):
+        raise UsageError(
+            f"--validation_split_percentage {percentage}: {len(rows)} row(s) of text cannot be split; "
+            "give --validation_file, or 0 for no validation"
+        )
+    logger.info(f"validation: the last {held_out:,} of {len(rows):,} rows; training: all the others")
+    first = len(rows) - held_out
+    train, validation = rows.select(range(first)), rows.select(range(first, len(rows)))
     return replace(texts, rows=train), replace(texts, rows=validation)
 
 

@@ -1,8 +1,10 @@
 """What the tests of run_clm.py and its data share: a tiny model's arguments, a character tokenizer, text files."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import run_clm  # noqa: E402
 
 TINY_MODEL = ["--config_overrides", "n_layer=1,n_head=2,n_embd=32,n_positions=32", "--vocab_size", "300"]
 QUIET = ["--disable_tqdm", "true", "--report_to", "none", "--use_cpu", "true"]
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 DOCUMENTS = [f"Document {i}: {'word ' * (i % 7)}and an end." for i in range(2500)]
 
 
@@ -39,12 +42,15 @@ class CharacterTokenizer:
 
 
 def write_documents(path, documents=DOCUMENTS, column="text"):
-    """One document a row, or a line, in the format that the suffix of path names."""
+    """One document a row, or a line, in the format and the compression that the suffixes of path name."""
+    if path.suffix in COMPRESS:
+        plain = write_documents(path.with_suffix(""), documents, column)
+        path.write_bytes(COMPRESS[path.suffix](plain.read_bytes()))
+        plain.unlink()
+        return path
     rows = [{"number": i, column: document, "other": "no"} for i, document in enumerate(documents)]
     lines = "".join(document + "\n" for document in documents)
-    if path.name.endswith(".txt.gz"):
-        path.write_bytes(gzip.compress(lines.encode()))
-    elif path.suffix == ".txt":
+    if path.suffix == ".txt":
         path.write_text(lines)
     elif path.suffix == ".csv":
         with path.open("w", newline="") as file:

@@ -2,8 +2,8 @@
 
 Usage: engine_worker.py PLAN.json, with "engine" ("ddp", "fsdp2" or "deepspeed"), "processes", "folder" (each run gets
 one in it), "model" (where to load it from), "results" (a file) and "runs". A run has "name", "settings"
-(TrainingArguments) and where wanted "trainer" ("Trainer"), "resume" (a checkpoint) and "die_at" (a step at whose start
-the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole weights and
+(TrainingArguments) and where wanted "trainer" (one of TRAINERS), "resume" (a checkpoint) and "die_at" (a step at whose
+start the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole weights and
 each rank's keys of the optimizer state.
 """
 
@@ -16,11 +16,13 @@ import sys
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from clm_helpers import run_clm
 from torch.distributed.tensor import DTensor
 from trainer_helpers import CountSteps, MarsTrainer, Trainer, losses, optimizer_of, train
 from transformers import GPT2LMHeadModel, TrainerCallback
 from transformers.integrations import HfDeepSpeedConfig
 
+TRAINERS = {cls.__name__: cls for cls in (Trainer, MarsTrainer, run_clm.FinishingTrainer)}
 DISTRIBUTED_TYPES = {
     "ddp": DistributedType.MULTI_CPU,
     "fsdp2": DistributedType.FSDP,
@@ -85,7 +87,7 @@ def main(plan):
         steps = CountSteps()
         trainer = train(
             os.path.join(plan["folder"], run["name"]),
-            cls=Trainer if run.get("trainer") == "Trainer" else MarsTrainer,
+            cls=TRAINERS[run.get("trainer", "MarsTrainer")],
             model=model,
             resume=run.get("resume"),
             callbacks=[steps, Dies(run.get("die_at"))],

@@ -61,7 +61,7 @@ def refusals(rank):
 
 
 def resume(rank):
-    """Weights at the end of a run that saves on each node, and of the same run resumed from the middle."""
+    """Weights at the end of a run that saves on each node, and of the same run resumed from the middle and the end."""
 
     def run(*arguments):
         run_main(
@@ -82,7 +82,7 @@ def resume(rank):
     if rank % 2 == 0:
         shutil.rmtree("disk/checkpoint-4")
     dist.barrier()
-    return [undisturbed, run("--resume_from_checkpoint", "true")]
+    return [undisturbed, *(run("--resume_from_checkpoint", "true") for _ in range(2))]
 
 
 def failing(name, ranks):

@@ -1,8 +1,12 @@
 """No text lost, none in two splits, the same blocks however they are made."""
 
 import ast
+import bz2
+import gzip
 import itertools
+import lzma
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -51,8 +55,12 @@ def test_the_packaged_novel_is_split_at_its_tail(load):
     assert 0.03 < len(validation) / len(novel) < 0.07
 
 
+NAMES = ["a.txt", "a.csv", "a.json", "a.jsonl", "a.parquet", "a[1].txt"]
+COMPRESSED = ["a.txt.gz", "a.jsonl.gz", "a.csv.bz2", "a.txt.xz"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.csv", "a.json", "a.jsonl", "a.parquet", "a[1].txt"])
+@pytest.mark.parametrize("name", [*NAMES, *COMPRESSED])
 def test_every_format_gives_every_text(load, tmp_path, name, streaming):
     path = write_documents(tmp_path / name)
     splits = load(train_file=str(path), streaming=streaming, validation_split_percentage=0)
@@ -135,11 +143,15 @@ def test_a_data_set_by_name(load, tmp_path, streaming):
         ({"train_file": "missing.txt"}, "--train_file .*missing.txt: there is no such file"),
         ({"validation_file": "missing.csv"}, "--validation_file .*missing.csv: there is no such file"),
         ({"train_file": "a.doc"}, r"--train_file .*a.doc: .*\.txt, \.csv, \.json, \.jsonl, \.parquet"),
-        ({"train_file": "empty.txt"}, "--train_file .*empty.txt: cannot be read as text"),
-        ({"train_file": "broken.jsonl"}, "--train_file .*broken.jsonl: cannot be read as json"),
+        ({"train_file": "empty.txt"}, "--train_file .*empty.txt: cannot be read: "),
         ({"train_file": "numbers.csv"}, "numbers.csv: there is no column of strings; the columns are: a, b"),
         ({"train_file": "line.txt"}, "--validation_split_percentage 5: 1 row"),
         ({"dataset_name": "no-such-owner/no-such-data-set"}, "--dataset_name no-such-owner/no-such-data-set: "),
+        (
+            {"dataset_name": "scripted"},
+            "--dataset_name scripted: cannot be read: Dataset scripts are no longer",
+        ),
+        ({"dataset_name": "tests"}, "--dataset_name tests: has no split named train or validation, only test"),
     ],
     ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
 )
@@ -148,13 +160,51 @@ def test_what_cannot_be_read(load, tmp_path, monkeypatch, options, message):
     for name, text in {
         "a.doc": "x",
         "empty.txt": "",
-        "broken.jsonl": '{"text": "a"}\n{"text',
         "numbers.csv": "a,b\n1,2\n",
         "line.txt": "only one line",
+        "tests/test.jsonl": '{"text": "a"}',
+        "scripted/scripted.py": "import datasets\n\nclass Scripted(datasets.GeneratorBasedBuilder):\n    pass\n",
     }.items():
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
     with pytest.raises(UsageError, match=message):
         load(**options)
+
+
+LINES = "".join(f"line {i}\n" for i in range(1000)).encode()
+DAMAGED = {
+    "a.jsonl": (b'{"text": "a"}\n{"text', "JSON parse error"),
+    "a.parquet": (b"PAR1", "Parquet file"),
+    "a.txt": ("é\n".encode("latin-1") * 100, "'utf-8' codec can't decode"),
+    "a.txt.gz": (gzip.compress(LINES)[:-100], "ended before the end-of-stream marker"),
+    "b.txt.gz": (b"no gzip", "Not a gzipped file"),
+    "c.txt.gz": (gzip.compress(LINES)[:50] + b"x" * 9999, "Error -3 while decompressing"),
+    "a.txt.bz2": (bz2.compress(LINES)[:50] + b"x" * 9999, "Invalid data stream"),
+    "a.txt.xz": (lzma.compress(LINES)[:50] + b"x" * 9999, "Corrupt input data"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_named(load, tmp_path, name, streaming):
+    content, message = DAMAGED[name]
+    path = tmp_path / "data" / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    for source in ({"train_file": str(path)}, {"dataset_name": str(path.parent)}):
+        ((argument, value),) = source.items()
+        with pytest.raises(UsageError, match=rf"^--{argument} {value}: cannot be read: .*{message}"):
+            load(**source, streaming=streaming)
+
+
+def test_a_stream_may_break_off_later(load, tmp_path):
+    """Its first file is good; the second is read when training gets there."""
+    write_documents(tmp_path / "1.jsonl")
+    (tmp_path / "2.jsonl").write_bytes(DAMAGED["a.jsonl"][0])
+    pattern = str(tmp_path / "*.jsonl")
+    texts = load(train_file=pattern, streaming=True, validation_split_percentage=0)["train"]
+    with pytest.raises(UsageError, match=re.escape(f"--train_file {pattern}: cannot be read: ")):
+        list(TokenStream(texts, CharacterTokenizer(), 64))
 
 
 # ---- tokenizer ----

@@ -64,6 +64,11 @@ def resumed(run, checkpoint, what="resumed"):
     return {"name": f"{run['name']} {what}", "settings": settings, "resume": checkpoint}
 
 
+def finished(run, checkpoint):
+    """The same run from its last checkpoint on, as run_clm.py resumes it."""
+    return {**resumed(run, checkpoint, "finished"), "trainer": "FinishingTrainer"}
+
+
 class Launches:
     """Runs of the engines, in one folder."""
 
@@ -98,8 +103,8 @@ class Launches:
         launch(processes, "engine_worker.py", path, **environment)
         return torch.load(results)
 
-    def checkpoint(self, title, name):
-        return str(self.folder / title / name / "checkpoint-3")
+    def checkpoint(self, title, name, step=3):
+        return str(self.folder / title / name / f"checkpoint-{step}")
 
 
 def check_same_numbers(actual, expected, tolerance=1e-4, steps=6):
@@ -209,6 +214,8 @@ def fsdp2(launches, fsdp2_of_one):
             run = a_run(name, "fsdp2", 2, label=label, state_dict=state_dict)
             grown = resumed(run, launches.checkpoint("fsdp2_of_one", label), "grown")
             runs += [run, resumed(run, launches.checkpoint("fsdp2", label)), grown]
+            if name == UNCLIPPED[0]:
+                runs.append(finished(run, launches.checkpoint("fsdp2", label, 6)))
     runs += [a_run(name.removesuffix(" Trainer"), "fsdp2", 2, label=name, trainer="Trainer") for name in STOCK]
     return launches.together("fsdp2", "fsdp2", 2, runs)
 
@@ -255,6 +262,12 @@ def test_fsdp2_resumes_on_another_number_of_processes(name, state_dict, fsdp2, f
     check_resumed(fsdp2_shrunk[f"{name} {state_dict} shrunk"], alone[name])
 
 
+@EVERY_STATE_DICT
+def test_fsdp2_leaves_a_finished_run_as_it_is(state_dict, fsdp2):
+    run = f"{UNCLIPPED[0]} {state_dict}"
+    check_same_numbers(fsdp2[f"{run} finished"], fsdp2[run], tolerance=0, steps=0)
+
+
 # ---- DeepSpeed ----
 
 
@@ -265,6 +278,8 @@ def deepspeed(launches):
         for zero in ZERO:
             run = a_run(name, "deepspeed", 2, label=f"{name} {zero}", zero=zero)
             runs += [run, resumed(run, launches.checkpoint("deepspeed", f"{name} {zero}"))]
+            if name == UNCLIPPED[0]:
+                runs.append(finished(run, launches.checkpoint("deepspeed", f"{name} {zero}", 6)))
     runs.append(a_run(UNCLIPPED[0], "deepspeed", 2, label="stock", zero="stage 1", trainer="Trainer"))
     return launches.together("deepspeed", "deepspeed", 2, runs, DS_ACCELERATOR="cpu")
 
@@ -289,6 +304,13 @@ def test_zero_equals_one_process(name, zero, deepspeed, alone):
 @EVERY_STAGE
 def test_zero_resumes(name, zero, deepspeed):
     check_resumed(deepspeed[f"{name} {zero} resumed"], deepspeed[f"{name} {zero}"], tolerance=0)
+
+
+@NEEDS_DEEPSPEED
+@EVERY_STAGE
+def test_zero_leaves_a_finished_run_as_it_is(zero, deepspeed):
+    run = f"{UNCLIPPED[0]} {zero}"
+    check_same_numbers(deepspeed[f"{run} finished"], deepspeed[run], tolerance=0, steps=0)
 
 
 @NEEDS_DEEPSPEED

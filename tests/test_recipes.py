@@ -1,11 +1,15 @@
 """The recipes: the paper's hyperparameters, a batch that fits 8 and 16 processes, two steps of each on local text."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from clm_helpers import QUIET, ROOT, log_history, run_clm, write_documents
+from launch_helpers import free_port, run_together
 from tokenizers import Tokenizer
 
+from hf_mars.argument_files import values_of_file
 from hf_mars.corpus import END_OF_TEXT, Texts, train_bpe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -53,6 +57,7 @@ def test_hyperparameters_are_the_papers(path):
     assert training_args.lr_scheduler_type == "cosine_with_min_lr"
     assert training_args.lr_scheduler_kwargs == {"min_lr": min_lr}
     assert training_args.max_grad_norm == 1.0
+    assert (training_args.ddp_timeout, training_args.save_total_limit) == (86_400, 2)
     betas = (training_args.adam_beta1, training_args.adam_beta2)
     if optimizer == "mars":
         assert training_args.optim == "mars_adamw"
@@ -63,7 +68,7 @@ def test_hyperparameters_are_the_papers(path):
         assert training_args.optim == "adamw_torch_fused"
         assert (training_args.learning_rate, training_args.weight_decay, betas) == (adamw_lr, 0.1, (0.9, 0.95))
         assert training_args.optim_args is None
-    assert run_clm.values_of_file(path)["bf16"] is True
+    assert values_of_file(path)["bf16"] is True
     assert training_args.output_dir == f"out/{path.stem}"
 
 
@@ -108,8 +113,25 @@ def local(tmp_path_factory):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_two_steps_at_reduced_size(path, local, tmp_path):
     run_clm.main([str(argument) for argument in (path, *ON_A_CPU, *QUIET, *local, "--output_dir", tmp_path)])
-    history = log_history(tmp_path)
+    check_two_steps(path, tmp_path)
+
+
+def check_two_steps(path, output_dir):
+    history = log_history(output_dir)
     training_args = parse(path)[-1]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     assert rates == [0.0, training_args.learning_rate]  # the warmup's start and its end
     assert {entry["step"] for entry in history if "eval_loss" in entry} == {2}
+
+
+def test_a_recipe_on_two_processes_with_a_sample(local, tmp_path):
+    """As docs/recipes.md starts it; one process of the two prints a sample."""
+    path = ROOT / "recipes" / "gpt2_small_mars_openwebtext.yaml"
+    flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", *flags.split()]
+    command = [*launch, "--main_process_port", free_port(), ROOT / "run_clm.py", path, *ON_A_CPU, *QUIET, *local]
+    command += ["--per_device_train_batch_size", 1, "--sample_prompt", "Document 1", "--output_dir", tmp_path / "out"]
+    (printed,) = run_together([({}, list(map(str, command)))], tmp_path)
+    assert "INFO run_clm: 2 process(es), ParallelMode.DISTRIBUTED, cpu" in printed
+    check_two_steps(path, tmp_path / "out")
+    assert len(re.findall("^Document 1", printed, flags=re.M)) == 1

@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import re
+import runpy
+import shutil
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from clm_helpers import (
     write_documents,
     write_token_bin,
 )
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 from hf_mars.corpus import UsageError
@@ -64,7 +67,7 @@ def test_training_and_evaluation_are_on_unless_one_is_chosen(arguments, expected
 def test_a_file_of_arguments_and_the_command_line_on_top(tmp_path, suffix):
     values = {
         "output_dir": "x",
-        "learning_rate": "1e-3",  # as YAML reads 1e-3
+        "learning_rate": 1e-3,
         "do_eval": True,
         "streaming": False,
         "max_steps": 7,
@@ -90,9 +93,56 @@ def test_a_file_of_arguments_includes_others(tmp_path):
     training_args = parse(tmp_path / "c.yaml")[-1]
     assert (training_args.max_steps, training_args.seed, training_args.logging_steps) == (1, 2, 2)
     assert training_args.output_dir == "c"
-    (tmp_path / "c.yaml").write_text("include: parts/a.yaml")
-    with pytest.raises(UsageError, match=r"include: 'parts/a\.yaml': must be a list"):
-        parse(tmp_path / "c.yaml")
+
+
+FILE_VALUES = {
+    "lr_scheduler_kwargs: {min_lr: 1e-5}": {"lr_scheduler_kwargs": {"min_lr": 1e-5}},
+    "learning_rate: 2E-3": {"learning_rate": 2e-3},
+    "seed: 010": {"seed": 10},
+    "save_strategy: no": {"save_strategy": "no"},
+    "do_eval: false\ndo_train: True": {"do_eval": False, "do_train": True},
+    "dataset_config_name: 2024-01-01": {"dataset_config_name": "2024-01-01"},
+    "sample_prompt: yes": {"sample_prompt": "yes"},
+    "resume_from_checkpoint: true": {"resume_from_checkpoint": "true"},
+    "tokenizer_name: ~\nsample_prompt: null": {"tokenizer_name": None, "sample_prompt": None},
+    "lora_target_modules: [c_attn, c_fc]": {"lora_target_modules": "c_attn,c_fc"},
+    "report_to: [none]\nlabel-names: [a, b]": {"report_to": [], "label_names": ["a", "b"]},
+    "optim_args: {gamma: 1e-2, max_norm: none, exact: true}": {"optim_args": "gamma=0.01,max_norm=none,exact=true"},
+    "optim_args: {max_norm: null}": {"optim_args": "max_norm=none"},
+    "config_overrides: {n_layer: 2, scale_attn_weights: false}": {
+        "config_overrides": "n_layer=2,scale_attn_weights=false"
+    },
+    "config_overrides: [n_layer=2, n_head=2]": {"config_overrides": "n_layer=2,n_head=2"},
+}
+
+
+@pytest.mark.parametrize("text, expected", FILE_VALUES.items(), ids=FILE_VALUES)
+def test_values_of_a_file_arrive_as_they_are_written(tmp_path, text, expected):
+    (tmp_path / "a.yaml").write_text(text)
+    parsed = {name: value for arguments in parse(tmp_path / "a.yaml") for name, value in vars(arguments).items()}
+    assert {name: parsed[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- a list", "must hold one mapping"),
+        ("{unclosed", "cannot be read as a file of arguments"),
+        (None, "cannot be read as a file of arguments"),
+        ("report_to: []", r"report_to: \[\]: is an empty list; leave it out for the default"),
+        ("include: parts/a.yaml", r"include: 'parts/a\.yaml': must be a list of files"),
+        ("include: [1]", r"include: \[1\]: must be a list of files"),
+        ("include: [b.yaml]", r"b\.yaml: include: arguments\.yaml: would include itself"),
+        ("include: [missing.yaml]", r"missing\.yaml: cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_arguments(tmp_path, text, message):
+    path = tmp_path / "arguments.yaml"
+    if text:
+        path.write_text(text)
+    (tmp_path / "b.yaml").write_text("include: [arguments.yaml]")
+    with pytest.raises(UsageError, match=message):
+        parse(path)
 
 
 def test_files_on_the_command_line_replace_a_data_set_in_the_file(tmp_path):
@@ -128,16 +178,13 @@ def test_the_global_batch_sets_the_accumulation(monkeypatch, options, expected):
         assert training_args.gradient_accumulation_steps == expected
 
 
-@pytest.mark.parametrize("text", ["- a list", "{unclosed", None])
-def test_a_file_that_holds_no_arguments(tmp_path, text):
-    path = tmp_path / "arguments.yaml"
-    if text:
-        path.write_text(text)
-    with pytest.raises(UsageError, match=r"arguments\.yaml: "):
-        parse(path)
-
-
 REFUSED = {
+    "--save_strategy foo": "--save_strategy.* invalid choice: 'foo'.*steps",
+    "--learning_rate abc": "--learning_rate.* invalid float value: 'abc'",
+    "--lora 4": "ambiguous option: --lora could match --lora_r",
+    "--seed": "--seed: expected one argument",
+    "--train_file 1.jsonl 2.jsonl": "2.jsonl: belongs to no argument; .*pattern in quotes, .*file of arguments first",
+    "--max_steps 3 a.yaml": "a.yaml: belongs to no argument; .*pattern in quotes, .*file of arguments first",
     "--optim_args gamm=0.1": r"'gamm'.*nearest.*'gamma'",
     "--optim_args gamma=abc": "gamma='abc'",
     "--learning_rat_ 1": "unknown argument --learning_rat_; the nearest valid one is --learning_rate",
@@ -169,10 +216,14 @@ REFUSED = {
     "--train_file here.txt": "--validation_split_percentage 5: 1 row",
     "--train_file two.txt": r"--block_size 128: the training text has only \d+ tokens",
     "--validation_file here.txt": "--validation_file here.txt: there is no text to train on",
+    "--do_eval --validation_file two.txt": "--validation_file two.txt: is no text to train a tokenizer on",
+    "--do_eval --dataset_name held_out": "--dataset_name held_out: has no train split, and a tokenizer is",
+    "--dataset_name held_out --tokenizer_name tokenizer": "--dataset_name held_out: has no train split; .*--do_eval",
     "--validation_file here.txt --train_file two.txt --block_size 4": "--block_size 4: the validation text has only",
     "--streaming": "--streaming needs --max_steps, a positive number, not -1",
     "--streaming --max_steps 1 --dataloader_num_workers 2": "--dataloader_num_workers 2: .*at most 1",
     "--streaming --max_steps 1 --train_file two.txt --validation_file two.txt": "--block_size 128: .*fewer tokens",
+    "--streaming --max_steps 1 --train_file two.txt": "128: .* first 500 rows, .*--validation_split_percentage 5",
     "--config_name untyped.json": "--config_name untyped.json: no model configuration there: .*model_type",
     "--dataset_name folder --validation_split_percentage 0": "--dataset_name folder: has no validation split",
     "--attn_implementation nosuch": "--attn_implementation nosuch: .*eager",
@@ -210,7 +261,10 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch, arguments, m
     (tmp_path / "here.txt").write_text("one")
     (tmp_path / "two.txt").write_text("one\ntwo\n")
     (tmp_path / "folder").mkdir()
-    for name in ("two.jsonl", "folder/train.jsonl"):
+    (tmp_path / "held_out").mkdir()
+    tokenizer = Tokenizer(models.WordLevel({"one": 0, "[UNK]": 1}, "[UNK]"))
+    run_clm.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
+    for name in ("two.jsonl", "folder/train.jsonl", "held_out/validation.jsonl"):
         write_documents(tmp_path / name, ["one", "two"])
     (tmp_path / "untyped.json").write_text('{"n_layer": 1}')
     (tmp_path / "b.bin").write_bytes(b"abc")
@@ -391,6 +445,30 @@ def test_evaluation_alone_writes_results_only(trained, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"all_results.json", "eval_results.json"}
 
 
+def test_a_data_set_without_training_text_can_be_evaluated(trained, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_documents(tmp_path / "data" / "validation.jsonl", DOCUMENTS[:200])
+    arguments = ("--do_eval", "--model_name_or_path", trained[0], "--output_dir", tmp_path / "out")
+    data = ("--dataset_name", tmp_path / "data", "--cache_dir", tmp_path / "cache")
+    assert run_main(*arguments, *data)["eval_samples"] > 10
+
+
+def test_a_resumed_stream_goes_on_where_it_was(tmp_path):
+    """The stream is read again up to there: more than one pass over it, since it ends after 4 steps."""
+    train = write_documents(tmp_path / "train.jsonl", DOCUMENTS[:100])
+    run = (
+        *("--streaming", "--train_file", train, "--validation_split_percentage", 0, "--do_train", "--max_steps", 6),
+        *("--cache_dir", tmp_path / "cache", "--learning_rate", 1e-2, "--save_steps", 3, "--logging_steps", 1),
+        *("--max_train_samples", 32),
+    )
+    run_main(*run, "--output_dir", tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    run_main(*run, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", checkpoint)
+    assert weights_of(tmp_path / "resumed") == weights_of(tmp_path / "whole")
+    losses = [entry["loss"] for entry in log_history(tmp_path / "resumed") if "loss" in entry]
+    assert len(losses) == 6
+
+
 def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
     output_dir, _ = trained
     monkeypatch.delattr(run_clm, "train_bpe")  # the tokenizer is the checkpoint's
@@ -403,6 +481,51 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
     )
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     assert (output_dir / "tokenizer.json").read_text() == (tmp_path / "out" / "tokenizer.json").read_text()
+
+
+def weights_of(output_dir):
+    return (output_dir / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        ("--max_steps", 5),
+        ("--num_train_epochs", 1.5, "--max_train_samples", 24),  # 3 steps an epoch
+        ("--max_steps", 5, "--streaming"),
+        ("--max_steps", 5, "--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 2),
+    ],
+    ids=lambda length: " ".join(map(str, length)),
+)
+def test_a_finished_run_is_not_trained_on(tmp_path, length):
+    train = ("--train_file", write_documents(tmp_path / "a.txt"), "--cache_dir", tmp_path / "cache")
+    # With a learning rate that climbs, the last of several models is worse than the first.
+    rate = ("--learning_rate", 1.0, "--lr_scheduler_type", "constant", "--max_eval_samples", 2, "--save_steps", 2)
+    run = (*train, *length, *rate, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "auto")
+    finished = run_main(*run)
+    weights, history = weights_of(tmp_path / "out"), log_history(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()  # as if the job had been killed before it saved the model
+    checkpoints = sorted(tmp_path.glob("out/checkpoint-*"))
+
+    again = run_main(*run)
+    assert weights_of(tmp_path / "out") == weights
+    assert again["eval_loss"] == finished["eval_loss"]
+    assert "train_loss" in finished and "train_loss" not in again
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_loss"] == finished["train_loss"]
+    assert sorted(tmp_path.glob("out/checkpoint-*")) == checkpoints
+    steps = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    assert [(entry["step"], entry["loss"]) for entry in log_history(tmp_path / "out") if "loss" in entry] == steps
+    assert not [entry for entry in log_history(tmp_path / "out") if "train_loss" in entry]
+    if "--load_best_model_at_end" in length:
+        assert weights != weights_of(checkpoints[-1])
+
+
+def test_a_finished_run_goes_on_when_its_steps_are_raised(trained, tmp_path):
+    shutil.copytree(trained[0] / "checkpoint-40", tmp_path / "checkpoint-40")
+    run = ("--output_dir", tmp_path, "--max_eval_samples", 2, "--resume_from_checkpoint", "auto")
+    metrics = run_main(*run, "--max_steps", 42)
+    assert log_history(tmp_path)[-1]["step"] == 42 and metrics["train_loss"] > 0
+    assert weights_of(tmp_path) != weights_of(tmp_path / "checkpoint-40")
 
 
 @pytest.mark.parametrize("own_validation", [False, True])
@@ -433,13 +556,21 @@ def test_other_model_types_with_another_tokenizer(trained, tmp_path, model_type)
     assert (model.config.model_type, model.config.vocab_size, model.dtype) == (model_type, 300, torch.bfloat16)
 
 
-def test_max_samples_count_blocks(tmp_path):
+def test_max_samples_count_blocks(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "run_clm")
     path = write_documents(tmp_path / "a.txt")
     metrics = run_main(
         *("--train_file", path, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"),
         *("--num_train_epochs", 1, "--max_train_samples", 12, "--max_eval_samples", 3),
     )
     assert (metrics["train_samples"], metrics["eval_samples"]) == (12, 3)
+    # However few blocks are used: what is reported are the tokens that no block could have held.
+    reports = dict(re.findall(r"(training|validation): ([\d,]+ tokens, .*)", caplog.text))
+    assert reports.keys() == {"training", "validation"}
+    for split, blocks in (("training", 12), ("validation", 3)):
+        pattern = rf"([\d,]+) tokens, {blocks} blocks of 32; (\d+) tokens after the last complete block are not used"
+        tokens, dropped = (int(number.replace(",", "")) for number in re.fullmatch(pattern, reports[split]).groups())
+        assert dropped == tokens % 32
     assert log_history(tmp_path / "out")[-1]["step"] == 2  # 12 blocks in batches of 8
 
 
@@ -478,6 +609,60 @@ def test_lora_trains_and_saves_adapters_only(trained, tmp_path):
         assert torch.equal(tuned[name], tensor)
     resumed = run_main(*arguments, "--resume_from_checkpoint", tmp_path / "checkpoint-5")
     assert resumed["eval_loss"] == metrics["eval_loss"]
+
+
+@pytest.fixture(scope="module")
+def adapters(trained, tmp_path_factory):
+    """(output folder, metrics) of a run with --lora_r."""
+    output_dir = tmp_path_factory.mktemp("adapters")
+    arguments = ("--model_name_or_path", trained[0], "--output_dir", output_dir, "--max_steps", 5)
+    metrics = run_main(*arguments, "--learning_rate", 1e-1, "--lora_r", 4, "--max_eval_samples", 21)
+    return output_dir, metrics
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_model_with_adapters_is_evaluated(trained, adapters, tmp_path, has_tokenizer):
+    folder = shutil.copytree(adapters[0], tmp_path / "adapters")
+    if not has_tokenizer:  # then it is the base model's
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    arguments = ("--do_eval", "--output_dir", tmp_path / "out", "--max_eval_samples", 21)
+    evaluated = run_main(*arguments, "--model_name_or_path", folder)
+    assert evaluated["eval_loss"] == pytest.approx(adapters[1]["eval_loss"], rel=1e-6)
+    assert abs(evaluated["eval_loss"] - trained[1]["eval_loss"]) > 1e-3
+
+
+def test_fine_tuning_goes_on_with_the_adapters_of_a_model(trained, adapters, tmp_path, capsys):
+    metrics = run_main(
+        *("--model_name_or_path", adapters[0], "--output_dir", tmp_path, "--max_steps", 5, "--learning_rate", 1e-2),
+        *("--eval_on_start", "--max_eval_samples", 21, "--sample_prompt", "Mr. Darcy"),
+    )
+    start = log_history(tmp_path)[0]
+    assert start["step"] == 0 and start["eval_loss"] == pytest.approx(adapters[1]["eval_loss"], rel=1e-6)
+    assert metrics["eval_loss"] != start["eval_loss"]
+    assert "\nMr. Darcy" in capsys.readouterr().out
+    old, new = (json.loads((path / "adapter_config.json").read_text()) for path in (adapters[0], tmp_path))
+    assert (new["r"], new["base_model_name_or_path"]) == (4, str(trained[0])) and new["r"] == old["r"]
+    assert not (tmp_path / "model.safetensors").exists()
+    evaluated = run_main("--do_eval", "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "evaluated")
+    assert math.isfinite(evaluated["eval_loss"])
+
+
+def test_adapters_that_cannot_be_used(adapters, tmp_path, monkeypatch):
+    def refused(folder, *arguments):
+        with pytest.raises(UsageError) as refusal:
+            run_main("--model_name_or_path", folder, "--output_dir", tmp_path / "out", *arguments)
+        return str(refusal.value)
+
+    folder = shutil.copytree(adapters[0], tmp_path / "adapters")
+    assert refused(folder, "--lora_r", 8).startswith(f"--lora_r 8: --model_name_or_path {folder} holds adapters")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
+    assert refused(folder).startswith(f"--model_name_or_path {folder}, adapters of ./gone: no model configuration")
+    (folder / "config.json").write_text("{}")
+    assert refused(folder).startswith(f"--model_name_or_path {folder}: holds a model (config.json) and adapters")
+    monkeypatch.setattr(run_clm.importlib.util, "find_spec", lambda name: None)
+    assert refused(folder).startswith(f"--model_name_or_path {folder}: holds adapters, which need the package peft")
 
 
 def test_lora_without_peft_says_how_to_install_it(trained, tmp_path, monkeypatch):
@@ -551,10 +736,28 @@ def test_the_command_trains_and_saves(optim, tmp_path):
     assert model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, pad_token_id=0).shape[1] > 5
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--save_strategy", "foo"], "invalid choice: 'foo'"),
+        (["unclosed.yaml"], "unclosed.yaml: cannot be read as a file of arguments: while parsing"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unclosed.yaml").write_text("{unclosed")
+    monkeypatch.setattr("sys.argv", ["run_clm.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "run_clm.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert error.startswith("run_clm.py: error: ") and words in error
+    assert error.count("\n") == 1 and error.endswith("\n")
+
+
 def test_the_command_fails_in_one_line_before_anything_is_made(tmp_path):
     run = run_script("--optim", "mars_adamw", "--optim_args", "gamm=0.1", "--output_dir", "x", cwd=tmp_path)
     assert run.returncode == 2
     error = run.stderr.strip().splitlines()[-1]
     assert error.startswith("run_clm.py: error: ") and "'gamm'" in error and "'gamma'" in error
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in run.stderr and "usage:" not in run.stderr
     assert not (tmp_path / "x").exists()
