@@ -996,6 +996,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if training_args.push_to_hub:
         trainer.push_to_hub(tasks="text-generation", dataset=data_args.dataset_name)
 
+    # gloo aborts now and then where a process ends right after it has reduced tensors.
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         print(f"{summarize(trainer)}; see {training_args.output_dir}")
         if run_args.sample_prompt is not None:

@@ -80,6 +80,7 @@ def _polynomial(gram: Tensor) -> Tensor:
 STACKED = 1 << 26
 STACKED_ON_CPU = 5_000_000
 
+CPU_HAS_BFLOAT16_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 # Below it, products are too small for these units to pay.
 MIN_BFLOAT16 = 128
 
@@ -87,10 +88,7 @@ MIN_BFLOAT16 = 128
 def _takes_bfloat16(matrix: Tensor) -> bool:
     if matrix.dtype == torch.float64:
         return False
-    if not matrix.is_cpu:
-        return True
-    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return has_units and min(matrix.shape[-2:]) >= MIN_BFLOAT16
+    return not matrix.is_cpu or (CPU_HAS_BFLOAT16_UNITS and min(matrix.shape[-2:]) >= MIN_BFLOAT16)
 
 
 def orthogonalize_svd(matrix: Tensor) -> Tensor:
