@@ -19,8 +19,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from hf_mars import MarsShampoo
 from hf_mars.optim import sharding
 
-SHAPES = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
-
 
 def make(shapes, mesh, process_group):
     torch.manual_seed(0)
@@ -36,6 +34,7 @@ def make(shapes, mesh, process_group):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_args()
     on_gpu = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
@@ -44,7 +43,8 @@ def main():
         torch.cuda.set_device(dist.get_rank())
     torch.set_num_threads(1)
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
-    shapes = SHAPES * arguments.layers
+    width = arguments.width
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * arguments.layers
     shared_way = sharding._way
     ways = {
         "replicated, every rank does everything": (dist.group.WORLD, lambda *_: (sharding._on_every_rank,)),

@@ -1,55 +1,92 @@
-"""``python -m hf_mars script.py …`` runs any training script with MARS's optimizer names registered."""
+"""``python -m hf_mars script.py …`` runs any training script with MARS's optimizer names registered.
 
+Imports nothing that reads environment variables, which are the script's to set.
+"""
+
+import builtins
 import os
+import pkgutil
 import runpy
 import sys
 import types
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import NoReturn
 
-from hf_mars.trainer.callbacks import diagnose_every_trainer
-from hf_mars.trainer.children import register_in_children
+from hf_mars.trainer.children import prepare
 
 USAGE = """usage: python -m hf_mars [--mars_diagnostics] [-m] SCRIPT [ARGUMENT …]
 
 Run a training script, unchanged, with --optim mars_adamw, mars_lion, mars_shampoo and mars_m available.
-SCRIPT is a file, or after -m a module, as for python itself. With --mars_diagnostics every Trainer logs, with the
-loss, what MARS does at that step. On several processes: accelerate launch -m hf_mars SCRIPT …,
-or torchrun -m hf_mars SCRIPT …"""
+SCRIPT is a file, a folder or zip file with a __main__.py, or after -m a module, as for python itself. With
+--mars_diagnostics every Trainer logs, with the loss, what MARS does at that step. On several processes:
+accelerate launch -m hf_mars SCRIPT …, or torchrun -m hf_mars SCRIPT …"""
 
 
 def main(argv: list[str]) -> None:
     """Run the script that ``argv`` names as ``__main__``, with the rest of ``argv`` as its sys.argv."""
-    if argv[:1] == ["--mars_diagnostics"]:
-        diagnose_every_trainer()
-        argv = argv[1:]
-    as_module = argv[:1] == ["-m"]
-    argv = argv[1:] if as_module else argv
+    diagnostics = argv[:1] == ["--mars_diagnostics"]
+    argv = argv[1:] if diagnostics else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
-    if not as_module and not Path(argv[0]).is_file():
-        print(f"python -m hf_mars: there is no file {argv[0]!r}", file=sys.stderr)
-        sys.exit(2)  # python's own code for it
-    sys.argv = argv
+    if argv[0] == "-m":
+        if len(argv) == 1 or argv[1].startswith("-"):
+            _refuse(f"after -m comes the name of a module, not {' '.join(argv[1:2]) or 'nothing'}")
+    elif argv[0].startswith("-"):
+        _refuse(f"{argv[0]} is none of its options, which are --mars_diagnostics and then -m; python's go before them")
+    elif not Path(argv[0]).exists():
+        _refuse(f"there is no file {argv[0]!r}")
     sys.excepthook = _without_our_frames(sys.excepthook)
-    register_in_children()
-    if as_module:
-        sys.path[0] = str(Path.cwd())
-        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    prepare(diagnostics)
+    if argv[0] == "-m":
+        _run_module(argv)
     else:
-        sys.path[0] = str(Path(argv[0]).resolve().parent)
-        _run_script(os.path.join(os.getcwd(), argv[0]))
+        _run_path(argv)
 
 
-def _run_script(path: str) -> None:
-    """As python runs a file. runpy.run_path would change sys.argv[0], and restore the old ``__main__`` too early."""
-    module = types.ModuleType("__main__")
-    module.__file__ = path
-    module.__loader__ = SourceFileLoader("__main__", path)
+def _refuse(message: str) -> NoReturn:
+    print(f"python -m hf_mars: {message}", file=sys.stderr)
+    sys.exit(2)  # python's own code for it
+
+
+# What python itself calls for modules, folders and zip files. The public functions of runpy would change sys.argv
+# and restore the old ``__main__`` while threads and exit handlers of the script still need it.
+
+
+def _run_module(argv: list[str]) -> None:
+    sys.argv = ["-m", *argv[2:]]
+    _new_main()
+    runpy._run_module_as_main(argv[1])
+
+
+def _run_path(argv: list[str]) -> None:
+    sys.argv = argv
+    path = os.path.join(os.getcwd(), argv[0])
+    has_path_of_ours = not getattr(sys.flags, "safe_path", False)  # sys.path[0], which python -m hf_mars began with
+    if has_path_of_ours:
+        del sys.path[0]
+    if pkgutil.get_importer(path) is not None:  # a folder or a zip file
+        sys.path.insert(0, path)
+        _new_main()
+        runpy._run_module_as_main("__main__", alter_argv=False)
+        return
+    if has_path_of_ours:
+        sys.path.insert(0, str(Path(path).resolve().parent))
     code = compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
-    sys.modules["__main__"] = module
+    module = _new_main()
+    module.__file__ = path
+    module.__cached__ = None
+    module.__loader__ = SourceFileLoader("__main__", path)
     exec(code, module.__dict__)
+
+
+def _new_main() -> types.ModuleType:
+    """The empty ``__main__`` that python starts with."""
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    module.__builtins__ = builtins
+    module.__annotations__ = {}
+    return module
 
 
 def _without_our_frames(excepthook):

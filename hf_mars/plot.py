@@ -28,7 +28,8 @@ def loss_history(output_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Read the losses that a Trainer logged.
 
     Args:
-        output_dir: a Trainer's output_dir. Its trainer_state.json is read, else that of its last checkpoint.
+        output_dir: a Trainer's output_dir. Its trainer_state.json is read, or that of its last checkpoint, whichever
+            is further.
 
     Returns:
         {"loss": [(step, value), …], "eval_loss": […]}; a list may be empty. Losses are in nats per token.
@@ -41,28 +42,39 @@ def loss_history(output_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 def _log_history(output_dir: str | Path) -> list[dict[str, Any]]:
     output_dir = Path(output_dir)
-    states = [output_dir / "trainer_state.json"]
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    states += sorted((p / "trainer_state.json" for p in checkpoints), key=lambda p: -int(p.parent.name.split("-")[1]))
-    for state in states:
-        if state.is_file():
-            return json.loads(state.read_text())["log_history"]
-    raise FileNotFoundError(f"no trainer_state.json in {output_dir} or in a checkpoint of it")
+    checkpoints.sort(key=lambda path: -int(path.name.split("-")[1]))
+    files = [path for path in (folder / "trainer_state.json" for folder in checkpoints) if path.is_file()][:1]
+    if (output_dir / "trainer_state.json").is_file():
+        files.insert(0, output_dir / "trainer_state.json")
+    if not files:
+        raise FileNotFoundError(f"no trainer_state.json in {output_dir} or in a checkpoint of it")
+    states = [json.loads(file.read_text()) for file in files]
+    return max(states, key=lambda state: state["global_step"])["log_history"]  # of equals the first
 
 
 def _series(log: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in log if key in row]
 
 
-def _label(output_dir: str | Path) -> str:
-    return Path(output_dir).resolve().name
+def _labels(output_dirs: Sequence[str | Path]) -> list[str]:
+    """Of each run the folder's name, and before it as much of the path as tells it from the others."""
+    runs = [Path(output_dir).resolve() for output_dir in output_dirs]
+
+    def label(run: Path) -> str:
+        others = [other for other in runs if other != run]
+        lengths = range(1, len(run.parts) + 1)
+        n = next(n for n in lengths if all(other.parts[-n:] != run.parts[-n:] for other in others))
+        return str(Path(*run.parts[-n:]))
+
+    return [label(run) for run in runs]
 
 
 def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
     """Draw training (thin) and evaluation losses (dots) of runs over their steps into one picture.
 
     Args:
-        output_dirs: Trainer output_dirs; their folder names label the curves.
+        output_dirs: Trainer output_dirs; their folders label the curves.
         path: the file to write; its suffix (.png, .svg, .pdf) decides the format.
 
     Raises:
@@ -70,11 +82,11 @@ def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
         ValueError: a run has logged no loss.
     """
     figure, axes = _figure(figsize=(7, 4.5))
-    for i, output_dir in enumerate(output_dirs):
+    for i, (output_dir, label) in enumerate(zip(output_dirs, _labels(output_dirs), strict=True)):
         history = loss_history(output_dir)
         if not any(history.values()):
             raise ValueError(f"{output_dir} has no logged loss; train with --logging_steps, or evaluate")
-        label, color = _label(output_dir), f"C{i}"
+        color = f"C{i}"
         if history["loss"]:
             axes.plot(
                 *zip(*history["loss"], strict=True), color=color, linewidth=1, alpha=0.6, label=f"{label}: training"
@@ -93,7 +105,7 @@ def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> Non
     """Draw what MARS did in runs (docs/diagnostics.md) over their steps: four panels, a color a run.
 
     Args:
-        output_dirs: Trainer output_dirs; their folder names label the colors.
+        output_dirs: Trainer output_dirs; their folders label the colors.
         path: the file to write; its suffix (.png, .svg, .pdf) decides the format.
 
     Raises:
@@ -101,7 +113,7 @@ def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> Non
         ValueError: a run has logged no diagnostics.
     """
     figure, panels = _figure(2, 2, sharex=True, figsize=(9, 6))
-    for i, output_dir in enumerate(output_dirs):
+    for i, (output_dir, run) in enumerate(zip(output_dirs, _labels(output_dirs), strict=True)):
         log = _log_history(output_dir)
         if not any(_series(log, key) for _, lines in PANELS for key in lines):
             raise ValueError(f"{output_dir} has no logged diagnostics; see docs/diagnostics.md")
@@ -109,7 +121,7 @@ def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> Non
             for key, (style, name) in lines.items():
                 points = _series(log, key)
                 if points:
-                    label = f"{_label(output_dir)}: {name}" if name else _label(output_dir)
+                    label = f"{run}: {name}" if name else run
                     axes.plot(*zip(*points, strict=True), style, color=f"C{i}", linewidth=1, label=label)
     for axes, (title, _) in zip(panels.flat, PANELS, strict=True):
         axes.set_title(title, fontsize="medium")

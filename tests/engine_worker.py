@@ -3,8 +3,8 @@
 Usage: engine_worker.py PLAN.json, with "engine" ("ddp", "fsdp2" or "deepspeed"), "processes", "folder" (each run gets
 one in it), "model" (where to load it from), "results" (a file) and "runs". A run has "name", "settings"
 (TrainingArguments) and where wanted "trainer" (one of TRAINERS), "resume" (a checkpoint) and "die_at" (a step at whose
-start the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole weights and
-each rank's keys of the optimizer state.
+start the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole weights, each
+rank's keys of the optimizer state and what a model card says of the optimizer.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from clm_helpers import run_clm
 from torch.distributed.tensor import DTensor
 from trainer_helpers import CountSteps, MarsTrainer, Trainer, losses, optimizer_of, train
-from transformers import GPT2LMHeadModel, TrainerCallback
+from transformers import GPT2LMHeadModel, TrainerCallback, modelcard
 from transformers.integrations import HfDeepSpeedConfig
 
 TRAINERS = {cls.__name__: cls for cls in (Trainer, MarsTrainer, run_clm.FinishingTrainer)}
@@ -100,6 +100,7 @@ def main(plan):
             "steps": steps.taken,
             "weights": whole_weights(trainer),
             "state_keys": state_keys(trainer),
+            "card": modelcard.extract_hyperparameters_from_trainer(trainer)["optimizer"],
         }
     if trainer.is_world_process_zero():
         torch.save(results, plan["results"])

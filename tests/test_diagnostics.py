@@ -2,6 +2,9 @@
 
 import json
 import math
+import sys
+from importlib.machinery import ModuleSpec
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -169,6 +172,24 @@ def test_tensorboard_and_trainer_state_have_them(tmp_path, monkeypatch):
         written = {event.step: event.value for event in events.Scalars(f"train/{key}")}
         assert written == pytest.approx({row["step"]: row[key] for row in saved if key in row}, rel=1e-6)
         assert len(written) == (5 if key == "mars/gradient_cosine" else 6)
+
+
+@pytest.mark.parametrize("reporter", ["wandb", "trackio"])
+def test_weights_and_biases_and_trackio_get_them(tmp_path, monkeypatch, reporter):
+    """transformers' own callbacks, over a stand-in for the library that they hand the values to."""
+    library = MagicMock(__spec__=ModuleSpec(reporter, None), __version__="0.21.0")
+    config_util = MagicMock(ConfigError=type("ConfigError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, reporter, library)
+    monkeypatch.setitem(sys.modules, "wandb.sdk.lib.config_util", config_util)
+    trainer = make_trainer(tmp_path, Trainer, report_to=reporter)
+    MarsDiagnosticsCallback().attach(trainer)
+    trainer.train()
+    written = [call.args[0] for call in library.log.call_args_list]
+    losses = [row for row in written if "train/loss" in row]
+    for logged, (step, row) in zip(losses, mars_rows(trainer).items(), strict=True):
+        assert logged["train/global_step"] == step
+        assert {key: logged[key] for key in logged if "mars/" in key} == {f"train/{k}": v for k, v in row.items()}
+    assert losses[1].keys() >= {f"train/{key}" for key in MEASURED | RATES}
 
 
 def test_a_run_that_broke_off_in_its_step_leaves_no_hook(tmp_path):

@@ -17,7 +17,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from clm_helpers import DOCUMENTS, ROOT, run_clm, run_main, write_documents, write_token_bin
 from test_support_table import functions_of
 from torch.distributed.run import get_args_parser
+from transformers import HfArgumentParser, TrainingArguments
 
+import hf_mars.__main__
 from hf_mars import plot
 from hf_mars.corpus import UsageError
 
@@ -140,17 +142,53 @@ def parse_benchmark(script, arguments):
 def draw(arguments):
     """Every word before the first option is a run's folder."""
     log = [{"step": 1, "loss": 2.0, **{key: 0.5 for _, lines in plot.PANELS for key in lines}}]
+    state = json.dumps({"global_step": 1, "log_history": log})
     for output_dir in itertools.takewhile(lambda argument: not argument.startswith("-"), arguments):
         Path(output_dir).mkdir(parents=True)
-        (Path(output_dir) / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        (Path(output_dir) / "trainer_state.json").write_text(state)
     plot.main(list(arguments))
+
+
+def parse_hf_mars(arguments):
+    """What follows `-m hf_mars`: its own parser takes it, and the script's, one for TrainingArguments, the rest."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        patch.setattr(hf_mars.__main__, "prepare", lambda diagnostics: None)
+        for run in ("_run_module", "_run_path"):
+            patch.setattr(hf_mars.__main__, run, seen.append)
+        script = next(argument for argument in arguments if not argument.startswith("-"))
+        Path(script).touch()
+        hf_mars.__main__.main(list(arguments))
+    ((first, *rest),) = seen
+    if first == "-m":
+        module, *rest = rest
+    if first == "-m" and module == "trl.scripts.sft":
+        from trl.scripts.sft import make_parser
+
+        make_parser().parse_args_and_config([*rest, "--bf16", "false"])  # its default, which wants a GPU
+    else:
+        HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(rest)
 
 
 def check(command, model):
     program, *arguments = command
-    if any(begins_with(command, row) for row in ROWS):
-        return
-    if program == "make":
+    if "hf_mars" in arguments:
+        assert any(begins_with(command, row) for row in ROWS), f"docs/checks.md has no row for: {shlex.join(command)}"
+        if program == "torchrun":
+            args = get_args_parser().parse_args(arguments)
+            launched = (args.module, args.training_script)
+            arguments = args.training_script_args
+        elif program == "accelerate":
+            args = launch_command_parser().parse_args(arguments[1:])
+            launched = (args.module, args.training_script)
+            arguments = args.training_script_args
+        else:
+            launched, arguments = (arguments[0] == "-m", arguments[1]), arguments[2:]
+        assert launched == (True, "hf_mars"), launched
+        if arguments:  # a sentence may name the beginning alone
+            parse_hf_mars(arguments)
+    elif program == "make":
         subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
     elif command[:2] == ("pip", "install"):
         names = {name for name in arguments[1:] if not name.startswith("-")}
@@ -202,8 +240,16 @@ def test_command(command, model, folder):
         ("python benchmarks/state_bytes.py --steps 3", AssertionError, "--steps"),
         ("python benchmarks/none.py", FileNotFoundError, "none.py"),
         ("python -m hf_mars.plot out --outputs loss.png", SystemExit, "2"),
+        ("python -m hf_mars train.py --optim mars_adamv --output_dir out", SystemExit, "2"),
+        ("python -m hf_mars --mars_diagnostic train.py --optim mars_adamw --output_dir out", SystemExit, "2"),
+        ("python -m hf_mars train.py --optim mars_adamw --optim_args gama=1 --output_dir out", ValueError, "gama"),
+        ("python -m hf_mars -m trl.scripts.sft --datset_name ./data --output_dir out", ValueError, "--datset_name"),
+        ("torchrun --nprocs 2 -m hf_mars train.py --output_dir out", AssertionError, "no row"),
+        ("torchrun --nproc_per_node 2 -m hf_mars train.py --optim mars --output_dir out", SystemExit, "2"),
+        ("accelerate launch -m hf_mars train.py --optim mars --output_dir out", SystemExit, "2"),
         ("make nothing", subprocess.CalledProcessError, "nothing"),
         ("pip install nothing", AssertionError, "nothing"),
+        ("pip install dataset", AssertionError, "dataset"),
         ("nothing at all", pytest.fail.Exception, "no class for: nothing at all"),
     ],
 )
@@ -225,9 +271,20 @@ def test_a_row_of_the_table_has_its_test_and_its_command(row):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_compile(page):
+def test_python_blocks_compile_and_import_what_there_is(page):
     for block in blocks(page, "python"):
-        ast.parse(block)
+        run_imports(block)
+
+
+def run_imports(block):
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(ast.unparse(node), {})
+
+
+def test_a_stale_import_fails():
+    with pytest.raises(ImportError, match="Gone"):
+        run_imports("def f():\n    from hf_mars import Gone")
 
 
 def test_the_site_builds_and_takes_nothing_from_outside(tmp_path):

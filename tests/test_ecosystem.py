@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import tiny_gpt2
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from trainer_helpers import losses, make_trainer, optimizer_of, token_blocks, weights
 from transformers import (
@@ -291,6 +293,26 @@ def test_model_card_before_and_after_training_is_the_same(tmp_path, optim):
     trainer.train()
     assert card_of(trainer) == before
     assert "lr=0.01, betas=(0.9, 0.99)" in before and ("lr=0.005" in before) == (optim != "mars_m")
+
+
+def test_what_push_to_hub_uploads(tmp_path, monkeypatch):
+    """The folder that goes to the Hub has the weights and the card; no Hub here, but all that leads there."""
+    hub, uploaded = MagicMock(), {}
+    hub.create_repo.return_value.repo_id = "me/tiny"
+
+    def upload_folder(repo_id, folder_path, ignore_patterns, **kwargs):
+        paths = filter_repo_objects(map(str, Path(folder_path).rglob("*")), ignore_patterns=ignore_patterns)
+        uploaded.update({Path(path).name: path for path in paths}, repo_id=repo_id)
+
+    hub.upload_folder = upload_folder
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    trainer = make_trainer(tmp_path / "tiny", max_steps=1, hub_model_id="me/tiny", optim_args="gamma=0.05")
+    trainer.train()
+    trainer.push_to_hub()
+    assert uploaded["repo_id"] == "me/tiny" and "model.safetensors" in uploaded
+    card = Path(uploaded["README.md"]).read_text()
+    assert re.search(r"^- optimizer: MarsAdamW .*betas=\(0\.95, 0\.99\).*gamma=0\.05", card, re.M), card
+    assert "betas=(0.9,0.999)" not in card
 
 
 def test_model_cards_of_other_optimizers_are_transformers_own(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from helpers import assert_close, assert_equal, tiny_gpt2
 from launch_helpers import launch, start
 from trainer_helpers import CountSteps, losses, train
-from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, modelcard
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
 from hf_mars.trainer.options import VARIANTS
@@ -81,14 +81,15 @@ class Launches:
         return GPT2LMHeadModel.from_pretrained(self.folder / "model")
 
     def alone(self, name, resume=None):
-        """Without engine, in this process: the losses and the weights by name."""
+        """Without engine, in this process; what engine_worker.py saves of a run."""
         settings = {**SETTINGS[name], **of_engine(None, 1)}
         steps = CountSteps()
         folder = self.folder / "alone" / name
         trainer = train(folder, model=self.model(), resume=resume, callbacks=[steps], **settings)
         assert trainer.args.world_size == 1
         weights = {key: param.detach().clone() for key, param in trainer.model.named_parameters()}
-        return {"losses": losses(trainer), "steps": steps.taken, "weights": weights}
+        card = modelcard.extract_hyperparameters_from_trainer(trainer)["optimizer"]
+        return {"losses": losses(trainer), "steps": steps.taken, "weights": weights, "card": card}
 
     def plan(self, title, engine, processes, runs):
         results = self.folder / f"{title}.pt"
@@ -108,9 +109,13 @@ class Launches:
 
 
 def check_same_numbers(actual, expected, tolerance=1e-4, steps=6):
-    """A tolerance of zero asks for the same bits. A run that was resumed took 3 of the 6 steps itself."""
+    """A tolerance of zero asks for the same bits. A run that was resumed took 3 of the 6 steps itself.
+
+    Model cards say the same of the optimizer, too: MARS's own hyperparameters.
+    """
     assert (actual["steps"], expected["steps"]) == (steps, 6)
     assert len(expected["losses"]) == 6
+    assert actual["card"] == expected["card"] and expected["card"].startswith("Mars")
     assert actual["losses"] == pytest.approx(expected["losses"], rel=tolerance, abs=0)
     assert actual["weights"].keys() == expected["weights"].keys()
     pairs = [(actual["weights"][key], value) for key, value in expected["weights"].items()]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,10 @@ def test_names_argv_and_imports(folder, how):
     assert (name, value) == ("mars_lion", "7") and script.endswith("train.py"), done.stderr
 
 
-@pytest.mark.parametrize("arguments, code", [([], 2), (["--help"], 0), (["missing.py"], 2)], ids=str)
-def test_without_a_script(folder, arguments, code):
-    done = run(folder, *arguments)
-    assert done.returncode == code
-    assert "python -m hf_mars" in done.stdout + done.stderr
+@pytest.mark.parametrize("arguments, code", [([], 2), (["--help"], 0)], ids=str)
+def test_without_a_script(tmp_path, arguments, code):
+    done = run(tmp_path, *arguments)
+    assert done.returncode == code and done.stdout.startswith("usage: python -m hf_mars")
 
 
 # ---- as plain python does it ----
@@ -84,15 +84,115 @@ def without_runpy(stderr):
     return re.sub(r'  File "<frozen runpy>".*\n', "", stderr)
 
 
-def test_what_a_script_sees_of_itself(tmp_path):
-    code = """
-        import __main__, sys
-        print(__name__, __doc__, __file__, __spec__, __package__, sys.argv, sys.path[0])
-        print(__main__.__dict__ is globals())
+SELF = """
+import __main__, sys
+print(__name__, __doc__, __file__, __spec__ and __spec__.name, __package__, sys.argv, sys.path)
+print(__main__.__dict__ is globals(), sorted(globals()), __builtins__, __annotations__, __cached__)
+"""
+KINDS_OF_SCRIPTS = {
+    "script": ["./me.py", "-m", "--help"],
+    "module": ["-m", "me", "-m", "--help"],
+    "package": ["-m", "folder", "-m"],
+    "folder": ["folder", "-m"],
+    "zip": ["./me.zip", "-m"],
+    "no module": ["-m", "nosuch"],
+    "no module in a package": ["-m", "folder.nosuch"],
+    "package that cannot run": ["-m", "empty"],
+    "folder that cannot run": ["empty"],
+}
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    for name in ("folder", "empty"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("")
+    for path in ("me.py", "folder/__main__.py"):
+        (folder / path).write_text(SELF)
+    with zipfile.ZipFile(folder / "me.zip", "w") as archive:
+        archive.writestr("__main__.py", SELF)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_SCRIPTS)
+@pytest.mark.parametrize("safe_path", ["", "1"], ids=["", "PYTHONSAFEPATH"])
+def test_what_a_script_sees_of_itself(scripts, kind, safe_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONSAFEPATH", safe_path)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{scripts}")
+    plain, ours = run_both(scripts, *KINDS_OF_SCRIPTS[kind])
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+
+
+AT_EXIT = """
+import atexit, pickle
+class Mine: pass
+atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Mine()))), flush=True))
+"""
+
+
+@pytest.mark.parametrize("how", [["ends.py"], ["-m", "ends"], ["."]], ids=["script", "module", "folder"])
+def test_main_outlives_the_script(tmp_path, how):
+    """Exit handlers and threads that go on still find the script's classes in __main__."""
+    for name in ("ends.py", "__main__.py"):
+        (tmp_path / name).write_text(AT_EXIT)
+    done = run(tmp_path, *how)
+    assert done.stdout == "<class '__main__.Mine'>\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing.py"], "there is no file 'missing.py'"),
+        (["-c", "print(1)"], "-c is none of its options, which are --mars_diagnostics and then -m"),
+        (["-"], "- is none of its options"),
+        (["-m"], "after -m comes the name of a module, not nothing"),
+        (["-m", "--mars_diagnostics", "ends"], "after -m comes the name of a module, not --mars_diagnostics"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_refused_in_one_line(tmp_path, arguments, message):
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2 and done.stderr.startswith(f"python -m hf_mars: {message}")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+# ---- what is imported, and when ----
+
+HEAVY = "[name for name in ('torch', 'transformers', 'accelerate', 'numpy') if name in sys.modules]"
+
+
+def test_environment_variables_that_the_script_sets_count(tmp_path):
+    """Libraries read them when they are imported: nothing may have imported one before the script."""
+    code = f"""
+        import os, sys
+        print({HEAVY})
+        os.environ.update(OMP_NUM_THREADS="3", HF_HOME="elsewhere", HF_HUB_OFFLINE="0")
+        import torch
+        from transformers import TrainingArguments
+        from huggingface_hub import constants
+        print(torch.get_num_threads(), constants.HF_HOME, constants.HF_HUB_OFFLINE)
     """
-    (tmp_path / "me.py").write_text(textwrap.dedent(code))
-    plain, ours = run_both(tmp_path, "./me.py", "-m", "--help")
+    (tmp_path / "train.py").write_text(textwrap.dedent(code))
+    plain, ours = run_both(tmp_path, "train.py")
     assert ours.stdout == plain.stdout, ours.stderr
+    assert ours.stdout.startswith("[]\n") and ours.stdout.endswith("elsewhere False\n")
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_worker_that_needs_nothing_imports_nothing(tmp_path, method):
+    code = f"""
+        import multiprocessing, sys
+        def child():
+            print("hf_mars" in sys.modules, {HEAVY}, flush=True)
+        if __name__ == "__main__":
+            process = multiprocessing.get_context({method!r}).Process(target=child)
+            process.start()
+            process.join()
+    """
+    (tmp_path / "train.py").write_text(textwrap.dedent(code))
+    done = run(tmp_path, "--mars_diagnostics", "train.py")
+    assert done.stdout == "True []\n", done.stderr
 
 
 # ---- processes that the script starts ----
@@ -100,7 +200,8 @@ def test_what_a_script_sees_of_itself(tmp_path):
 CHILDREN = """
 import multiprocessing, pickle, sys
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
+from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.training_args import OptimizerNames
 
 
@@ -114,7 +215,7 @@ class Blocks(torch.utils.data.Dataset):  # unpickled in a spawned worker: found 
 
 def child(pickled, grandchild, queue):
     made = TrainingArguments(output_dir="out", optim="mars_lion", optim_args="gamma=0.1")
-    queue.put((pickle.loads(pickled).optim.value, made.optim.value, "hf_mars" in sys.modules))
+    queue.put((pickle.loads(pickled).optim.value, made.optim.value, DEFAULT_CALLBACKS[-1].__name__))
     if grandchild:
         start(child, pickled, False, queue)
 
@@ -141,10 +242,11 @@ else:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_worker_processes_know_the_names(tmp_path, method):
-    """Data loader workers, children and their children; spawned ones run the script again before they unpickle."""
+    """Data loader workers, children and their children; spawned ones run the script again before they unpickle.
+    Diagnostics are on in all of them."""
     (tmp_path / "train.py").write_text(CHILDREN)
-    done = run(tmp_path, "train.py", method)
-    child = ("mars_adamw", "mars_lion", True)
+    done = run(tmp_path, "--mars_diagnostics", "train.py", method)
+    child = ("mars_adamw", "mars_lion", "MarsDiagnosticsCallback")
     assert done.stdout.splitlines() == ["['mars_lion', 'mars_lion']", f"{child} {child}"], done.stderr[-3000:]
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.axes import Axes
 
 from hf_mars import plot
 
@@ -16,7 +17,22 @@ LOG = [
 
 def write_state(folder, log=LOG):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    step = log[-1]["step"] if log else 0
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Each line drawn: its label and its points."""
+    lines = []
+    plot_line = Axes.plot
+
+    def record(axes, x, y, *style, label, **settings):
+        lines.append((label, [*zip(x, y, strict=True)]))
+        return plot_line(axes, x, y, *style, label=label, **settings)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    return lines
 
 
 def test_history_of_a_finished_run(tmp_path):
@@ -30,11 +46,41 @@ def test_history_of_a_running_one_is_its_last_checkpoints(tmp_path):
     assert plot.loss_history(tmp_path)["loss"] == [(10, 10.0)]
 
 
-def test_several_runs_make_one_picture(tmp_path, capsys):
-    for name in ("a", "b"):
-        write_state(tmp_path / name)
+def test_the_furthest_state_is_drawn(tmp_path):
+    """A resumed run has checkpoints that are newer than what an earlier training left in output_dir."""
+    write_state(tmp_path)
+    write_state(tmp_path / "checkpoint-5", [{"step": 5, "loss": 5.0}])
+    assert plot.loss_history(tmp_path)["loss"] == [(5, 5.0)]
+    write_state(tmp_path, [{"step": 5, "loss": 5.0}, {"step": 5, "eval_loss": 6.0}])  # as a finished run leaves it
+    assert plot.loss_history(tmp_path)["eval_loss"] == [(5, 6.0)]
+
+
+def test_several_runs_make_one_picture(tmp_path, capsys, drawn):
+    write_state(tmp_path / "a")
+    write_state(tmp_path / "b", LOG[:2])
     plot.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "loss.png")])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    training, evaluation = [(1, 5.0), (2, 4.0)], [(2, 4.5)]
+    assert drawn == [("a: training", training), ("a: evaluation", evaluation), ("b: training", training)]
+
+
+@pytest.mark.parametrize(
+    "folders, labels",
+    [
+        (["x/a", "x/b"], ["a", "b"]),
+        (["x/out", "y/out"], ["x/out", "y/out"]),
+        (["x/1/out", "y/1/out", "z"], ["x/1/out", "y/1/out", "z"]),
+        (["x/out", "x/out"], ["out", "out"]),
+    ],
+    ids=str,
+)
+def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path, capsys, drawn, folders, labels):
+    for folder in folders:
+        write_state(tmp_path / folder, MARS_LOG[:1])
+    pictures = ["--output", str(tmp_path / "l.svg"), "--diagnostics", str(tmp_path / "d.svg")]
+    plot.main([*(str(tmp_path / folder) for folder in folders), *pictures])
+    names = [label.removesuffix(": training").removesuffix(": matrices") for label, _ in drawn]
+    assert list(dict.fromkeys(names)) == list(dict.fromkeys(labels)) and len(names) == 4 * len(labels)
 
 
 MARS_LOG = [
@@ -43,21 +89,15 @@ MARS_LOG = [
 ]
 
 
-def test_diagnostics_make_another_picture(tmp_path, capsys):
+def test_diagnostics_make_another_picture(tmp_path, capsys, drawn):
     write_state(tmp_path / "a", MARS_LOG)
     write_state(tmp_path / "b", MARS_LOG[:1])
     pictures = [str(tmp_path / name) for name in ("loss.png", "diagnostics.png")]
     plot.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", pictures[0], "--diagnostics", pictures[1]])
     assert capsys.readouterr().out == "".join(f"wrote {picture}\n" for picture in pictures)
     assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_every_diagnostic_is_drawn(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *rest, **more: drawn.append((x, y)))
-    write_state(tmp_path, MARS_LOG)
-    plot.plot_diagnostics([tmp_path], tmp_path / "diagnostics.svg")
-    assert drawn == [((1, 2), (0.0, 0.7)), ((2,), (0.1,)), ((1,), (0.5,)), ((1, 2), (0.2, 0.1))]
+    a = [("a", [(1, 0.0), (2, 0.7)]), ("a", [(2, 0.1)]), ("a", [(1, 0.5)]), ("a: matrices", [(1, 0.2), (2, 0.1)])]
+    assert drawn[2:] == [*a, ("b", [(1, 0.0)]), ("b", [(1, 0.5)]), ("b: matrices", [(1, 0.2)])]
 
 
 def test_a_run_without_diagnostics_is_said(tmp_path, capsys):

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_mars
 from hf_mars.trainer import registry
+from hf_mars.trainer.options import VARIANTS
 from hf_mars.trainer.versions import check_transformers
 
 NAMES = ["mars_adamw", "mars_lion", "mars_shampoo", "mars_m"]
@@ -62,6 +63,86 @@ def test_training_args_bin_loads_where_hf_mars_was_never_imported(tmp_path, prot
     code = f"import torch; args = torch.load({str(path)!r}, weights_only=False); print(args.optim.value)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "mars_lion", done.stderr
+
+
+# ---- in every order of imports ----
+
+ORDERS = {
+    "hf_mars alone": "",
+    "a callback first": "import hf_mars; from transformers import TrainerCallback",
+    "the handlers first": "import hf_mars, transformers.trainer_optimizer",
+    "the model card first": "import hf_mars; import transformers.modelcard",
+    "the Trainer first": "import hf_mars; from transformers import Trainer",
+    "MarsTrainer first": "from hf_mars import MarsTrainer",
+    "the callbacks first": "import hf_mars.trainer.callbacks",
+    "after transformers": "import transformers, hf_mars",
+    "after its Trainer": "from transformers import Trainer; import hf_mars",
+    "again": "import hf_mars, importlib, transformers.training_args as names; importlib.reload(names)",
+    "while a thread imports it": """
+import sys, threading, time
+thread = threading.Thread(target=exec, args=("from transformers import Trainer",))
+thread.start()
+while "transformers.training_args" not in sys.modules:
+    time.sleep(0)
+import hf_mars
+from transformers.training_args import OptimizerNames
+assert "MARS_M" in OptimizerNames.__members__
+thread.join()
+""",
+}
+# Forked, so that what transformers needs is imported once for all.
+EACH_ORDER = """
+import os, sys, traceback
+import accelerate.utils, torch._dynamo, torch.distributed.tensor
+assert "transformers" not in sys.modules
+names, orders = eval(sys.stdin.read())
+for order, code in orders.items():
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    try:
+        exec(code, {})
+        import hf_mars
+        from transformers import HfArgumentParser, TrainingArguments, modelcard
+        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+        from transformers.training_args import OptimizerNames
+        assert hf_mars.MarsAdamW.__name__ in dir(hf_mars) and hf_mars.optim
+        for name in names:
+            (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(["--optim", name])
+            assert args.optim is OptimizerNames(name) and args.optim in _OPTIMIZER_HANDLERS
+        assert hasattr(modelcard.extract_hyperparameters_from_trainer, "_hf_mars")
+        try:
+            TrainingArguments(optim="mars_m", optim_args="gamma=x")
+        except ValueError as error:
+            assert "gamma='x'" in str(error), error
+        else:
+            raise AssertionError("not checked")
+        print(order, flush=True)
+    except BaseException:
+        print(order, traceback.format_exc(), file=sys.stderr, flush=True)
+    os._exit(0)
+"""
+
+
+def test_the_names_are_there_in_every_order_of_imports():
+    command, told = [sys.executable, "-c", EACH_ORDER], repr((NAMES, ORDERS))
+    done = subprocess.run(command, input=told, capture_output=True, text=True, timeout=240)
+    assert done.stdout.splitlines() == list(ORDERS), done.stderr
+
+
+def test_importing_hf_mars_imports_nothing_else():
+    code = "import sys, hf_mars; print({'torch', 'transformers', 'numpy', 'multiprocessing'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_name_that_hf_mars_does_not_have():
+    with pytest.raises(AttributeError, match="'hf_mars' has no attribute 'MarsAdam'"):
+        hf_mars.MarsAdam  # noqa: B018
+
+
+def test_the_table_of_variants_is_the_registered_names():
+    assert list(VARIANTS) == list(registry.NAMES) == NAMES
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.2.0", "6.0.0", "6.1.0.dev0"])

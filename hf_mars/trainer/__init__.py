@@ -1,5 +1,1 @@
 """MARS in the Transformers Trainer. The only part of the package that imports transformers."""
-
-from .versions import check_transformers
-
-check_transformers()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TYPE_CHECKING
 
-import transformers.trainer
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..optim.diagnostics import step_diagnostics
 from ..optim.mars import Mars
+
+if TYPE_CHECKING:  # this module is imported at the end of transformers.trainer's own import (registry.py)
+    from transformers import Trainer
 
 
 def mars_optimizer(optimizer: Optimizer | None) -> Mars | None:
@@ -89,9 +92,3 @@ def _ends_epoch(state: TrainerState, train_dataloader, gradient_accumulation_ste
     if step == state.max_steps or not has_length(train_dataloader):  # nobody knows where a stream ends
         return step == state.max_steps
     return step % math.ceil(len(train_dataloader) / gradient_accumulation_steps) == 0
-
-
-def diagnose_every_trainer() -> None:
-    """Give each Trainer made from now on a :class:`MarsDiagnosticsCallback`, before its reporters."""
-    if MarsDiagnosticsCallback not in transformers.trainer.DEFAULT_CALLBACKS:
-        transformers.trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)

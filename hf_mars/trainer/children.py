@@ -6,28 +6,29 @@ Such a process runs the main script again before it unpickles anything. A script
 
 from __future__ import annotations
 
-import functools
 from multiprocessing import spawn
+
+from .on_import import wrap_once
+from .registry import diagnose_every_trainer
 
 
 class _Import:
     """Unpickled in a child, it imports hf_mars there, and makes the child do the same to its own children."""
 
+    def __init__(self, diagnostics: bool):
+        self.diagnostics = diagnostics
+
     def __reduce__(self):
-        return register_in_children, ()
+        return prepare, (self.diagnostics,)
 
 
-def register_in_children() -> None:
-    """Make processes that are spawned from now on import hf_mars before their main script."""
-    if not hasattr(spawn.get_preparation_data, "_hf_mars"):
-        spawn.get_preparation_data = _with_import(spawn.get_preparation_data)
+def prepare(diagnostics: bool) -> None:
+    """Have the names in this process and in those that are spawned from now on; ``diagnostics``, where True, too."""
+    if diagnostics:
+        diagnose_every_trainer()
 
+    def with_import(get_preparation_data):
+        # The one thing a child unpickles before it runs the main script; keys that it does not know are left alone.
+        return lambda name: {**get_preparation_data(name), "hf_mars": _Import(diagnostics)}
 
-def _with_import(get_preparation_data):
-    # The one thing a child unpickles before it runs the main script; keys that it does not know are left alone.
-    @functools.wraps(get_preparation_data)
-    def with_import(name):
-        return {**get_preparation_data(name), "hf_mars": _Import()}
-
-    with_import._hf_mars = True
-    return with_import
+    wrap_once(spawn, "get_preparation_data", with_import)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from transformers import Trainer, modelcard
+from transformers import Trainer
 
 from ..optim import MarsShampoo
 from ..optim.groups import KINDS
 from ..optim.mars import Mars
-from .callbacks import mars_optimizer
-from .options import VARIANTS, hyperparameters, mars_name
+from .options import VARIANTS, hyperparameters
+from .registry import mars_name
 
 _SHOWN = ("lr", "betas", "eps", "weight_decay", "gamma", "max_norm", "exact")
 _SHOWN_OF_UPDATE = {
@@ -23,25 +22,14 @@ _SHOWN_OF_UPDATE = {
 _SHOWN_IF_SET = ("last_grad_dtype", "state_dtype", "kahan_sum")
 
 
-def register_model_card() -> None:
-    """Make transformers' model cards tell the truth about MARS: they print ``args.adam_beta1`` for any "adam"."""
-    if not hasattr(modelcard.extract_hyperparameters_from_trainer, "_hf_mars"):
-        modelcard.extract_hyperparameters_from_trainer = _with_mars(modelcard.extract_hyperparameters_from_trainer)
-
-
-def _with_mars(extract):
-    @functools.wraps(extract)
-    def extract_with_mars(trainer: Trainer) -> dict[str, Any]:
-        result = extract(trainer)
-        optimizer = mars_optimizer(trainer.optimizer)
-        if optimizer is None and trainer.optimizer is None and mars_name(trainer.args) is not None:
-            optimizer = _optimizer_to_be(trainer.args)
-        if optimizer is not None:
-            result["optimizer"] = describe(optimizer)
-        return result
-
-    extract_with_mars._hf_mars = True
-    return extract_with_mars
+def describe_optimizer_of(trainer: Trainer) -> str | None:
+    """:func:`describe` for the optimizer that ``trainer`` has or is going to make; None if it is not MARS's."""
+    optimizer = trainer.optimizer
+    if optimizer is None and mars_name(trainer.args) is not None:
+        optimizer = _optimizer_to_be(trainer.args)
+    while not isinstance(optimizer, Mars) and hasattr(optimizer, "optimizer"):  # accelerate wraps it, and DeepSpeed
+        optimizer = optimizer.optimizer
+    return describe(optimizer) if isinstance(optimizer, Mars) else None
 
 
 def _optimizer_to_be(args) -> Mars:
@@ -59,8 +47,10 @@ def describe(optimizer: Mars) -> str:
     Weight decay is the largest of the kind's groups; the Trainer decays neither biases nor norms.
     """
     parts: dict[str, list[str]] = {}
+    # Groups that are empty from the start say nothing; ZeRO-3 empties all.
+    used = [group for group in optimizer.param_groups if group["params"]] or optimizer.param_groups
     for kind in KINDS:
-        groups = [group for group in optimizer.param_groups if group["kind"] == kind and group["params"]]
+        groups = [group for group in used if group["kind"] == kind]
         if not groups:
             continue
         settings = dict(groups[0], lr=groups[0].get("initial_lr", groups[0]["lr"]))

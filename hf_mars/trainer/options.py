@@ -19,6 +19,7 @@ from ..optim.hyperparameters import RANGES, check_hyperparameters
 from ..optim.mars import Mars
 from .arguments import BETA_DEFAULTS, MarsTrainingArguments, transformers_default
 from .engines import check_engine
+from .registry import mars_name
 
 logger = logging.get_logger(__name__)
 
@@ -155,12 +156,6 @@ def _unknown_key(key: str, text: str, optim: str, options: dict[str, Any]) -> st
 
 
 # ---- from TrainingArguments to an optimizer ----
-
-
-def mars_name(args: TrainingArguments) -> str | None:
-    """The MARS name that ``args.optim`` is, or None."""
-    name = getattr(args.optim, "value", args.optim)
-    return name if name in VARIANTS else None
 
 
 def hyperparameters(args: TrainingArguments) -> dict[str, Any]:

@@ -1,40 +1,131 @@
-"""MARS's names in transformers: valid values of ``TrainingArguments.optim``, handled by every Trainer."""
+"""MARS's names in transformers: valid values of ``TrainingArguments.optim``, handled by every Trainer.
+
+Each module of transformers is changed when it is imported, and gets what imports more only when that is called.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import logging
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
-from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
-from transformers.training_args import OptimizerNames
-from transformers.utils import logging
+from .on_import import when_imported, wrap_once
+from .versions import check_transformers
 
-from .model_card import register_model_card
-from .options import VARIANTS, checked_settings, hyperparameters, mars_name, optimizer_cls_and_kwargs
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from transformers.trainer_optimizer import OptimizerContext
+    from transformers.training_args import OptimizerNames
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
+
+NAMES = ("mars_adamw", "mars_lion", "mars_shampoo", "mars_m")
 
 
 def register() -> None:
     """Make ``mars_adamw``, ``mars_lion``, ``mars_shampoo`` and ``mars_m`` optimizer names of transformers.
 
-    ``import hf_mars`` has already called it; calling it again changes nothing. A name that transformers itself has by
-    now keeps its enum member, and hf_mars's optimizer replaces transformers' under it, with a warning.
+    ``import hf_mars`` has already called it; calling it again changes nothing. If transformers is not imported yet,
+    the names are there as soon as it is. A name that transformers itself has by now keeps its enum member, and
+    hf_mars's optimizer replaces transformers' under it, with a warning.
+
+    Raises:
+        ImportError: the installed transformers is not supported; here, or where transformers is imported later.
     """
-    for name in VARIANTS:
-        member = OptimizerNames._value2member_map_.get(name) or _add_member(name)
-        handler = _OPTIMIZER_HANDLERS.get(member)
-        if handler is not None and handler is not _mars_handler:
+    when_imported("transformers.training_args", _add_names)
+    when_imported("transformers.trainer_optimizer", _add_handlers)
+    when_imported("transformers.modelcard", _describe_in_cards)
+
+
+def diagnose_every_trainer() -> None:
+    """Give each Trainer made from now on a ``MarsDiagnosticsCallback``, before its reporters."""
+    when_imported("transformers.trainer", _add_callback)
+
+
+def mars_name(args: TrainingArguments) -> str | None:
+    """The MARS name that ``args.optim`` is, or None."""
+    name = getattr(args.optim, "value", args.optim)
+    return name if name in NAMES else None
+
+
+# ---- transformers.training_args ----
+
+
+def _add_names(training_args: ModuleType) -> None:
+    check_transformers()
+    for name in NAMES:
+        if name not in training_args.OptimizerNames._value2member_map_:
+            _add_member(training_args.OptimizerNames, name)
+    wrap_once(training_args.TrainingArguments, "__post_init__", _checking_first)
+
+
+def _checking_first(post_init):
+    """Check optim_args and the engine when TrainingArguments are made, long before a Trainer would.
+
+    No model is loaded in vain; and a DeepSpeed configuration with an optimizer of its own never asks for ours.
+    """
+
+    def checked(self, *args, **kwargs):
+        if mars_name(self) is not None:
+            from .options import hyperparameters
+
+            hyperparameters(self)
+        post_init(self, *args, **kwargs)
+        if mars_name(self) is not None:
+            from .options import checked_settings
+
+            checked_settings(self)  # the engine's configuration is only known by now
+
+    return checked
+
+
+def _add_member(names: type[OptimizerNames], value: str) -> None:
+    """Grow the enum in place: HfArgumentParser's choices, TrainingArguments and the handler table all read it."""
+    name = value.upper()
+    member = str.__new__(names, value)
+    member._name_ = name
+    member._value_ = value
+    member.__objclass__ = names
+    member._sort_order_ = len(names)
+    # Enum members are pickled by value, which a process without hf_mars imported refuses to load. Pickled as a call
+    # of ours, a saved training_args.bin imports hf_mars by itself.
+    member.__reduce_ex__ = functools.partial(_reduce, value)
+    type.__setattr__(names, name, member)
+    names._member_names_.append(name)
+    names._member_map_[name] = member
+    names._value2member_map_[value] = member
+    if hasattr(names, "_hashable_values_"):  # Python >= 3.13 looks values up here too
+        names._hashable_values_.append(value)
+
+
+def _reduce(value: str, protocol: int):
+    return optimizer_name, (value,)
+
+
+def optimizer_name(value: str) -> OptimizerNames:
+    """The enum member of a name; importing hf_mars has registered it. What pickled arguments call."""
+    from transformers.training_args import OptimizerNames
+
+    return OptimizerNames(value)
+
+
+# ---- transformers.trainer_optimizer ----
+
+
+def _add_handlers(trainer_optimizer: ModuleType) -> None:
+    handlers = trainer_optimizer._OPTIMIZER_HANDLERS
+    for name in NAMES:
+        member = trainer_optimizer.OptimizerNames(name)
+        if handlers.get(member, _mars_handler) is not _mars_handler:
             logger.warning(f"optim={name!r} now means hf_mars's optimizer; transformers has one of that name too")
-        _OPTIMIZER_HANDLERS[member] = _mars_handler
-    if not hasattr(TrainingArguments.__post_init__, "_hf_mars"):
-        TrainingArguments.__post_init__ = _checking_first(TrainingArguments.__post_init__)
-    register_model_card()
+        handlers[member] = _mars_handler
 
 
 def _mars_handler(ctx: OptimizerContext) -> tuple[Any, dict[str, Any]]:
     """What the stock Trainer, and every subclass of it, calls for a MARS name."""
+    from .options import optimizer_cls_and_kwargs
+
     optimizer_cls, kwargs = optimizer_cls_and_kwargs(ctx.args, ctx.model)
     if kwargs.get("exact"):
         raise ValueError(
@@ -44,51 +135,30 @@ def _mars_handler(ctx: OptimizerContext) -> tuple[Any, dict[str, Any]]:
     return optimizer_cls, kwargs
 
 
-def _checking_first(post_init):
-    """Check optim_args and the engine when TrainingArguments are made, long before a Trainer would.
-
-    No model is loaded in vain; and a DeepSpeed configuration with an optimizer of its own never asks for ours.
-    """
-
-    @functools.wraps(post_init)
-    def checked(self, *args, **kwargs):
-        if mars_name(self) is not None:
-            hyperparameters(self)
-        post_init(self, *args, **kwargs)
-        if mars_name(self) is not None:
-            checked_settings(self)  # the engine's configuration is only known by now
-
-    checked._hf_mars = True
-    return checked
+# ---- transformers.modelcard ----
 
 
-def _add_member(value: str) -> OptimizerNames:
-    """Grow the enum in place: HfArgumentParser's choices, TrainingArguments and the handler table all read it."""
-    name = value.upper()
-    member = str.__new__(OptimizerNames, value)
-    member._name_ = name
-    member._value_ = value
-    member.__objclass__ = OptimizerNames
-    member._sort_order_ = len(OptimizerNames)
-    # Enum members are pickled by value, which a process without hf_mars imported refuses to load. Pickled as a call
-    # of ours, a saved training_args.bin imports hf_mars by itself.
-    member.__reduce_ex__ = functools.partial(_reduce, value)
-    type.__setattr__(OptimizerNames, name, member)
-    OptimizerNames._member_names_.append(name)
-    OptimizerNames._member_map_[name] = member
-    OptimizerNames._value2member_map_[value] = member
-    if hasattr(OptimizerNames, "_hashable_values_"):  # Python >= 3.13 looks values up here too
-        OptimizerNames._hashable_values_.append(value)
-    return member
+def _describe_in_cards(modelcard: ModuleType) -> None:
+    wrap_once(modelcard, "extract_hyperparameters_from_trainer", _with_mars)
 
 
-def _reduce(value: str, protocol: int):
-    return optimizer_name, (value,)
+def _with_mars(extract):
+    """Model cards tell the truth about MARS: transformers' print ``args.adam_beta1`` for any "adam"."""
+
+    def extract_with_mars(trainer) -> dict[str, Any]:
+        from .model_card import describe_optimizer_of
+
+        description = describe_optimizer_of(trainer)
+        return extract(trainer) | ({} if description is None else {"optimizer": description})
+
+    return extract_with_mars
 
 
-def optimizer_name(value: str) -> OptimizerNames:
-    """The enum member of a name; importing this module has registered it. What pickled arguments call."""
-    return OptimizerNames(value)
+# ---- transformers.trainer ----
 
 
-register()
+def _add_callback(trainer: ModuleType) -> None:
+    from .callbacks import MarsDiagnosticsCallback
+
+    if MarsDiagnosticsCallback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)

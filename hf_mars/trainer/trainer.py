@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..optim.mars import Mars
 from .arguments import MarsTrainingArguments
 from .callbacks import MarsDiagnosticsCallback, mars_optimizer
-from .options import mars_name, optimizer_cls_and_kwargs
+from .options import optimizer_cls_and_kwargs
+from .registry import mars_name
 
 
 class MarsTrainer(Trainer):
