@@ -1,7 +1,8 @@
 /* One pass over memory a step, for float32 parameters on CPUs: c_t, its clip, the moving averages and the update.
  *
  * torch has no kernel for it. Composed of torch's, MARS-AdamW moves 10 words a parameter through memory without the
- * clip and 11 with it, here 8 and, where a tensor stays in the cache between the norm and the update, no more with it.
+ * clip and 11 with it. Here it is 8 without, since c_t is never stored, and 10 with the clip, less where a tensor stays
+ * in the cache between its norm and its update.
  *
  * cpu.py is the only caller; it checks shapes, dtypes and layout. The equations are those of correction.py, adamw.py
  * and lion.py, and tests/test_cpu_kernel.py holds the two against each other.
@@ -25,7 +26,9 @@
 #endif
 
 enum { LANES = 64 };            /* independent sums, so that additions need not wait for each other */
+enum { RUN = 4096 };            /* elements that are added up in float32 */
 enum { CACHED = 1 << 21 };      /* elements of tensors that are measured, then updated: g_t and g_prev take 16 MiB */
+enum { BLOCK = 1 << 15 };       /* elements at a time on the way back through them */
 enum { ALONE = 1 << 15 };       /* elements below which one thread is faster than several */
 
 typedef struct {
@@ -38,29 +41,50 @@ typedef struct {
 typedef struct {
     float *restrict x, *restrict m, *restrict v;
     const float *restrict g, *restrict g_prev;   /* g_prev may be g itself: then c = g */
-    float step_size, root_bias2;                 /* η/(1−β1^t), √(1−β2^t) */
+    float step_size, inverse_root_bias2;         /* η/(1−β1^t), 1/√(1−β2^t) */
 } Pointers;
 
 /* c_t = g_prev + (1+κ)(g_t − g_prev) */
 #define C(i) (g_prev[i] + kappa1 * (g[i] - g_prev[i]))
 
-/* Σ c² of n elements. */
+/* c_t takes g_prev's place. Returns Σ c². */
 FOR_EACH_PROCESSOR
-static double squares(const float *restrict g, const float *restrict g_prev, int64_t n, float kappa1)
+static double correct(const float *restrict g, float *restrict g_prev, int64_t n, float kappa1)
 {
     double sum = 0;
-    for (int64_t start = 0; start < n; start += 4096) {
-        int64_t stop = start + 4096 < n ? start + 4096 : n, i = start;
+    for (int64_t start = 0; start < n; start += RUN) {
+        int64_t stop = start + RUN < n ? start + RUN : n, i = start;
         float lanes[LANES] = {0};
         for (; i + LANES <= stop; i += LANES)
             for (int j = 0; j < LANES; j++) {
                 float c = C(i + j);
+                g_prev[i + j] = c;
                 lanes[j] += c * c;
             }
         for (int j = 0; i < stop; i++, j++) {
             float c = C(i);
+            g_prev[i] = c;
             lanes[j] += c * c;
         }
+        for (int j = 0; j < LANES; j++)
+            sum += lanes[j];
+    }
+    return sum;
+}
+
+/* Σ g². */
+FOR_EACH_PROCESSOR
+static double squares(const float *restrict g, int64_t n)
+{
+    double sum = 0;
+    for (int64_t start = 0; start < n; start += RUN) {
+        int64_t stop = start + RUN < n ? start + RUN : n, i = start;
+        float lanes[LANES] = {0};
+        for (; i + LANES <= stop; i += LANES)
+            for (int j = 0; j < LANES; j++)
+                lanes[j] += g[i + j] * g[i + j];
+        for (int j = 0; i < stop; i++, j++)
+            lanes[j] += g[i] * g[i];
         for (int j = 0; j < LANES; j++)
             sum += lanes[j];
     }
@@ -91,7 +115,7 @@ static int32_t adamw(Pointers at, int64_t n, Settings s, float scale)
         float v_i = b2 * v[i] + (1 - b2) * c * c;
         m[i] = m_i;
         v[i] = v_i;
-        x[i] = s.decay * x[i] - at.step_size * m_i / (sqrtf(v_i) / at.root_bias2 + s.eps);
+        x[i] = s.decay * x[i] - at.step_size * m_i / (sqrtf(v_i) * at.inverse_root_bias2 + s.eps);
         largest = magnitude(c) > largest ? magnitude(c) : largest;
     }
     return largest;
@@ -135,11 +159,12 @@ typedef struct {
 static Pointers pointers(const Step *step, int64_t k, int64_t offset)
 {
     const float *g_prev = step->g_prev ? step->g_prev[k] : step->g[k];
-    Pointers at = {step->x[k] + offset, step->m[k] + offset, NULL, step->g[k] + offset, g_prev + offset, 0, 0};
+    const float *g = step->settings.max_norm ? g_prev : step->g[k];   /* measured: c_t is in g_prev's place */
+    Pointers at = {step->x[k] + offset, step->m[k] + offset, NULL, g + offset, g_prev + offset, 0, 0};
     if (step->v) {
         at.v = step->v[k] + offset;
         at.step_size = (float)step->step_sizes[k];
-        at.root_bias2 = (float)step->root_bias2[k];
+        at.inverse_root_bias2 = (float)(1 / step->root_bias2[k]);
     }
     return at;
 }
@@ -154,30 +179,47 @@ static double norm(const Step *step, int64_t k, int threads)
 
 enum Pass { MEASURE, UPDATE };
 
-/* One thread's part of a pass over tensors first … last−1: its share of their elements, laid end to end. */
-static void pass(const Step *step, enum Pass what, int64_t first, int64_t last, int thread, int threads)
+static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
+{
+    (void)threads;
+    step->sums[thread * step->count + k] +=
+        step->g_prev ? correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa1)
+                     : squares(step->g[k] + from, to - from);
+}
+
+static void update(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
     const Settings *s = &step->settings;
-    int64_t total = 0, before = 0;
+    float scale = 1;
+    if (s->max_norm) {
+        double length = norm(step, k, threads);
+        scale = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
+    }
+    int32_t largest = (step->v ? adamw : lion)(pointers(step, k, from), to - from, *s, scale);
+    int32_t *known = &step->largest[thread * step->count + k];
+    *known = largest > *known ? largest : *known;
+}
+
+/* One thread's share of the elements of tensors first … last−1, laid end to end: block by block, up or down. */
+static void pass(const Step *step, typeof(measure) *work, int backwards, int64_t first, int64_t last, int thread,
+                 int threads)
+{
+    int64_t total = 0;
     for (int64_t k = first; k < last; k++)
         total += step->sizes[k];
     int64_t start = total * thread / threads, stop = total * (thread + 1) / threads;
-    for (int64_t k = first; k < last && before < stop; before += step->sizes[k++]) {
+    int64_t before = backwards ? total : 0;
+    for (int64_t i = 0; i < last - first; i++) {
+        int64_t k = backwards ? last - 1 - i : first + i, size = step->sizes[k];
+        before -= backwards ? size : 0;
         int64_t from = start > before ? start - before : 0;
-        int64_t to = stop - before < step->sizes[k] ? stop - before : step->sizes[k];
-        if (from >= to)
-            continue;
-        Pointers at = pointers(step, k, from);
-        if (what == MEASURE) {
-            step->sums[thread * step->count + k] = squares(at.g, at.g_prev, to - from, s->kappa1);
-            continue;
+        int64_t to = stop - before < size ? stop - before : size;
+        for (int64_t done = 0; done < to - from; done += BLOCK) {
+            int64_t n = to - from - done < BLOCK ? to - from - done : BLOCK;
+            int64_t at = backwards ? to - done - n : from + done;
+            work(step, k, at, at + n, thread, threads);
         }
-        float scale = 1;
-        if (s->max_norm) {
-            double length = norm(step, k, threads);
-            scale = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
-        }
-        step->largest[thread * step->count + k] = (step->v ? adamw : lion)(at, to - from, *s, scale);
+        before += backwards ? 0 : size;
     }
 }
 
@@ -193,15 +235,15 @@ static void run(const Step *step, int threads)
             for (last = first; last < step->count && (last == first || elements + step->sizes[last] <= CACHED); last++)
                 elements += step->sizes[last];
             if (step->settings.max_norm) {
-                pass(step, MEASURE, first, last, thread, team);
+                pass(step, measure, 0, first, last, thread, team);
 #pragma omp barrier
             }
-            pass(step, UPDATE, first, last, thread, team);
+            pass(step, update, 1, first, last, thread, team);   /* what was measured last is in the cache */
         }
     }
 }
 
-static PyObject *update(PyObject *self, PyObject *arguments)
+static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 {
     Py_buffer sizes, x, m, v, g, g_prev, step_sizes, root_bias2;
     Settings s;
@@ -244,8 +286,8 @@ static PyObject *update(PyObject *self, PyObject *arguments)
 }
 
 static PyMethodDef methods[] = {
-    {"update", update, METH_VARARGS,
-     "update(sizes, x, m, v, g, g_prev, step_sizes, root_bias2, kappa1, beta1, beta2, eps, gamma, lr, decay, max_norm, "
+    {"step", step_of_a_group, METH_VARARGS,
+     "step(sizes, x, m, v, g, g_prev, step_sizes, root_bias2, kappa1, beta1, beta2, eps, gamma, lr, decay, max_norm, "
      "threads): one step of MARS-AdamW (v given) or MARS-Lion on float32 tensors, in place. The first five and g_prev "
      "are buffers of int64: element counts and addresses. Returns for each tensor whether its c was finite."},
     {NULL, NULL, 0, NULL},

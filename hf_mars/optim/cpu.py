@@ -75,7 +75,7 @@ def step(
         ts = [state["step"].item() for state in states]
         step_sizes = array("d", [lr / (1 - beta1**t) for t in ts])
         root_bias2 = array("d", [(1 - beta2**t) ** 0.5 for t in ts])
-    return _cpu.update(
+    return _cpu.step(
         array("q", [param.numel() for param in params]),
         _addresses(params),
         _addresses(exp_avgs),
