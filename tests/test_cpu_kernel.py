@@ -39,7 +39,21 @@ def calls(monkeypatch):
 
 def test_it_is_built():
     """Here, where the tests run; elsewhere a step without it is slower and as right."""
-    assert cpu._cpu is not None
+    assert cpu.is_compiled()
+
+
+def test_the_trainer_says_where_it_is_missing(monkeypatch, caplog, tmp_path):
+    from transformers import TrainingArguments
+
+    from hf_mars.trainer.options import optimizer_cls_and_kwargs
+
+    caplog.set_level("WARNING", "hf_mars")
+    args = TrainingArguments(str(tmp_path), optim="mars_adamw", use_cpu=True)
+    optimizer_cls_and_kwargs(args, None)
+    assert "without a C compiler" not in caplog.text
+    without(monkeypatch)
+    optimizer_cls_and_kwargs(args, None)
+    assert "without a C compiler" in caplog.text
 
 
 @pytest.mark.parametrize(

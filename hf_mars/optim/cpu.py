@@ -8,7 +8,6 @@ missing and steps are composed of torch's kernels, with the same results to roun
 from __future__ import annotations
 
 from array import array
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +20,13 @@ try:
     from . import _cpu
 except ImportError:
     _cpu = None
+
+_PLAIN = (Tensor, Parameter)
+
+
+def is_compiled() -> bool:
+    """Whether the compiled step is there at all."""
+    return _cpu is not None
 
 
 def can_step(
@@ -38,10 +44,13 @@ def can_step(
         return False
     if group["update"] == "adamw" and previous_grads is None and group["max_norm"] is None:
         return False
-    return group["update"] in ("adamw", "lion") and all(
-        type(t) in (Tensor, Parameter) and t.dtype == torch.float32 and t.is_cpu and t.is_contiguous()
-        for t in chain(params, grads, previous_grads or (), *_averages(states, group))
-    )
+    if group["update"] not in ("adamw", "lion"):
+        return False
+    for tensors in (params, grads, previous_grads or (), *_averages(states, group)):
+        for t in tensors:  # hundreds of them may be small: a generator would take longer than their step
+            if t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous() or type(t) not in _PLAIN:
+                return False
+    return True
 
 
 def step(

@@ -15,6 +15,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from ..optim import MarsAdamW, MarsLion, MarsShampoo, parameter_roles
+from ..optim.cpu import is_compiled
 from ..optim.hyperparameters import RANGES, check_hyperparameters
 from ..optim.mars import Mars
 from .arguments import BETA_DEFAULTS, MarsTrainingArguments, transformers_default
@@ -204,6 +205,11 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
     """What ``Trainer.get_optimizer_cls_and_kwargs`` returns for a MARS name; logs the hyperparameters."""
     optimizer_cls, kwargs = checked_settings(args)
     logger.info(f"{optimizer_cls.__name__}({', '.join(f'{key}={value!r}' for key, value in kwargs.items())})")
+    if args.device.type == "cpu" and not is_compiled():
+        logger.warning(
+            "hf_mars was installed without a C compiler: steps on CPUs are composed of torch's kernels, as right but "
+            "slower (docs/performance.md)"
+        )
     if optimizer_cls is MarsShampoo:
         if model is None:
             raise ValueError(f"optim={mars_name(args)!r} needs the model, to tell embeddings from hidden matrices")
