@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 def run(folder, *arguments):
     command = [sys.executable, "-m", "hf_mars", *arguments]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("how", [["train.py"], ["-m", "train"]], ids=["script", "module"])
