@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from helpers import assert_equal, tiny_gpt2, tiny_llama
-from trainer_helpers import losses, make_trainer, optimizer_of, train, weights
-from transformers import Trainer
+from helpers import assert_close, assert_equal, tiny_gpt2, tiny_llama
+from trainer_helpers import losses, make_trainer, optimizer_of, token_blocks, train, weights
+from transformers import Trainer, TrainingArguments
 
 from hf_mars import MarsAdamW, MarsTrainer, MarsTrainingArguments, param_groups
 
 NAMES = ["mars_adamw", "mars_lion", "mars_shampoo", "mars_m"]
+WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 @pytest.mark.parametrize("optim", NAMES)
@@ -86,3 +87,32 @@ def test_optimizer_state_loads_with_weights_only(tmp_path):
     train(tmp_path, save_strategy="steps", save_steps=3)
     saved = torch.load(tmp_path / "checkpoint-3" / "optimizer.pt", weights_only=True)
     assert {"exp_avg", "exp_avg_sq", "last_grad", "step"} in [set(state) for state in saved["state"].values()]
+
+
+class OnTwoCpus(torch.nn.Module):
+    """torch.nn.DataParallel as far as it goes without GPUs: each half of a batch through the module, both losses
+    gathered. The replicas are the module itself, whose parameters collect the gradients of both as they do there."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        halves = zip(*(tensor.chunk(2) for tensor in inputs.values()), strict=True)
+        outputs = [self.module(**dict(zip(inputs, half, strict=True))) for half in halves]
+        return {key: torch.stack([output[key] for output in outputs]) for key in ("loss",)}
+
+
+@pytest.mark.parametrize("optim", NAMES)
+def test_several_gpus_in_one_process(tmp_path, optim, monkeypatch):
+    """What the Trainer does on a machine with two GPUs where no launcher was used, but for the GPUs."""
+    settings = {"optim": optim, "learning_rate": 1e-3, "max_steps": 4}
+    settings["train_dataset"] = [{**block, "labels": block["input_ids"]} for block in token_blocks()]
+    alone = train(tmp_path, Trainer, model=tiny_gpt2(**WITHOUT_DROPOUT), **settings)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    monkeypatch.setattr(torch.nn, "DataParallel", OnTwoCpus)
+    settings["per_device_train_batch_size"] = 2
+    several = train(tmp_path, Trainer, model=tiny_gpt2(**WITHOUT_DROPOUT), **settings)
+    assert type(several.model_wrapped) is OnTwoCpus and several.args.train_batch_size == 4
+    assert losses(several) == pytest.approx(losses(alone), rel=1e-5)
+    assert_close(weights(several), weights(alone), 1e-4)
