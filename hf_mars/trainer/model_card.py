@@ -64,4 +64,6 @@ def describe(optimizer: Mars) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):  # betas out of a checkpoint of FSDP2's
+        return tuple(value)
     return value.item() if isinstance(value, torch.Tensor) else value
