@@ -7,9 +7,8 @@ setup(
         Extension(
             "hf_mars.optim._cpu",
             ["hf_mars/optim/_cpu.c"],
-            # No -ffast-math: it would change the whole process's handling of tiny numbers, and NaN must stay NaN. No
-            # contraction: an element's result must not depend on whether its address falls into a loop's vector part.
-            extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
+            # No -ffast-math: it would change the whole process's handling of tiny numbers, and NaN must stay NaN.
+            extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,  # without a C compiler the same steps are composed of torch's kernels
         )
     ]
