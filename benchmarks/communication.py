@@ -12,7 +12,6 @@ tests/test_scaling.py compares them with the formulas, to the byte.
 import argparse
 import contextlib
 import functools
-import heapq
 import itertools
 import json
 import math
@@ -36,6 +35,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_mars import MarsAdamW, MarsLion, MarsShampoo, param_groups
 from hf_mars.optim import parameter_roles
 from hf_mars.optim.groups import KINDS
+from hf_mars.optim.newton_schulz import WIDE
+from hf_mars.optim.sharding import _owners
 
 FP32, BF16 = 4, 2  # bytes
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -56,6 +57,7 @@ class Variant:
         orthogonalizes: whether matrices go through Newton–Schulz.
         replicas: whether it is told the process group, and under DDP shares the matrices out among its ranks.
         evaluations: gradients an update.
+        temporaries: tensors of the matrices' shapes that their elementwise work makes on accelerators.
         engines: under which it is counted.
     """
 
@@ -66,6 +68,7 @@ class Variant:
     orthogonalizes: bool = False
     replicas: bool = False
     evaluations: int = 1
+    temporaries: int = 0
     engines: tuple[str, ...] = ENGINES
 
 
@@ -85,6 +88,7 @@ def shampoo(state, *, replicas=False, **settings):
         orthogonalizes=True,
         replicas=replicas,
         evaluations=2 if settings.get("exact") else 1,
+        temporaries=1 if settings.get("max_norm", 1.0) is None else 0,  # m_t
         engines=("ddp",) if replicas else ("ddp", "fsdp2"),
     )
 
@@ -98,14 +102,19 @@ VARIANTS = {
     "mars_adamw exact": Variant(
         functools.partial(MarsAdamW, exact=True), (3, 3, 3), clipped=BOTH, evaluations=2, engines=("ddp", "fsdp2")
     ),
-    "mars_lion": Variant(MarsLion, (2, 2, 2), adamw=("1d",), clipped=BOTH, engines=("ddp", "fsdp2")),
-    "mars_lion max_norm=none": Variant(functools.partial(MarsLion, max_norm=None), (1, 1, 2), adamw=("1d",)),
+    "mars_lion": Variant(  # its temporary tensor is sign(m_t), without the clip m_t is one too
+        MarsLion, (2, 2, 2), adamw=("1d",), clipped=BOTH, temporaries=1, engines=("ddp", "fsdp2")
+    ),
+    "mars_lion max_norm=none": Variant(
+        functools.partial(MarsLion, max_norm=None), (1, 1, 2), adamw=("1d",), temporaries=2
+    ),
     "mars_lion exact": Variant(
         functools.partial(MarsLion, exact=True),
         (2, 2, 3),
         adamw=("1d",),
         clipped=BOTH,
         evaluations=2,
+        temporaries=1,
         engines=("ddp", "fsdp2"),
     ),
     "mars_shampoo": shampoo((2, 3, 2)),
@@ -113,6 +122,7 @@ VARIANTS = {
     "mars_shampoo max_norm=none": shampoo((1, 3, 2), max_norm=None),
     "mars_shampoo exact": shampoo((2, 3, 3), exact=True),
     "mars_m": shampoo((2, 2, 2), **MARS_M),
+    "mars_m process_group=…": shampoo((2, 2, 2), replicas=True, **MARS_M),
     "mars_m max_norm=none": shampoo((1, 2, 2), max_norm=None, **MARS_M),
     "mars_m exact": shampoo((2, 3, 3), exact=True, **MARS_M),
 }
@@ -148,11 +158,12 @@ class Model:
 
         A matrix is one rank's: the most expensive first, each to the rank with the least work so far.
         """
-        loads = [(0, 0)] * ranks
-        for shape in sorted(self.shapes["matrix"], key=newton_schulz_flops, reverse=True):
-            flops, elements = heapq.heappop(loads)
-            heapq.heappush(loads, (flops + newton_schulz_flops(shape), elements + math.prod(shape)))
-        return max(elements for _, elements in loads), max(flops for flops, _ in loads)
+        shapes = self.shapes["matrix"]
+        elements, flops = [0] * ranks, [0] * ranks
+        for shape, owner in zip(shapes, _owners([torch.empty(s, device="meta") for s in shapes], ranks), strict=True):
+            elements[owner] += math.prod(shape)
+            flops[owner] += newton_schulz_flops(shape)
+        return max(elements), max(flops)
 
     def tensors(self, kinds) -> int:
         return sum(len(self.shapes[kind]) for kind in kinds)
@@ -188,6 +199,23 @@ def gradient_bytes(model: Model, engine: str, ranks: int) -> int:
         "zero2": BF16 * sharded,
         "zero3": BF16 * sharded,
     }[engine]
+
+
+def passing_bytes(model: Model, variant: Variant, engine: str, ranks: int) -> int:
+    """Bytes on a rank that an update needs on top for a while, without those of Newton–Schulz itself."""
+    mine = model.elements(["matrix"], engine, ranks)
+    tensors = variant.temporaries * mine
+    if variant.evaluations == 2:
+        tensors += model.elements(engine=engine, ranks=ranks)  # the gradient at the previous point
+    if variant.orthogonalizes:
+        share, _ = model.largest_share(ranks)
+        if engine == "fsdp2":
+            tensors += (
+                mine + 5 * share
+            )  # of its matrices: shards, wholes, results, those packed, and once more to send
+        else:
+            tensors += mine + (2 * share if variant.replicas else 0)  # all results; its own also before it packs them
+    return FP32 * tensors
 
 
 def backward_collectives(model: Model, variant: Variant, engine: str, ranks: int) -> Counter:
@@ -226,9 +254,13 @@ def sent_bytes(payload: Counter, ranks: int) -> float:
 
 
 def newton_schulz_flops(shape: torch.Size, steps: int = 5) -> int:
-    """Floating-point operations of Newton–Schulz on one matrix, m ≤ n: 4 m² n + 2 m³ an iteration."""
+    """Floating-point operations of Newton–Schulz on one matrix, m ≤ n.
+
+    4 m² n + 2 m³ an iteration; from n = WIDE m on, 4 m² n + 10 m³ for two.
+    """
     m, n = sorted(shape[-2:])
-    return steps * (4 * m * m * n + 2 * m**3)
+    pairs = steps // 2 if n >= WIDE * m else 0
+    return pairs * (4 * m * m * n + 10 * m**3) + (steps - 2 * pairs) * (4 * m * m * n + 2 * m**3)
 
 
 # ---- counts ----
@@ -386,6 +418,7 @@ def formulas(engine: str, name: str, ranks: int) -> dict[str, Any]:
 
 RANKS = (8, 64, 512)
 TOKENS = 480 * 1024  # an update of the paper's GPT-2 runs
+SPEED = 100e12  # operations a second, where a bandwidth is compared with them
 BEGIN, END = "<!-- python benchmarks/communication.py -->\n", "<!-- end -->\n"
 
 
@@ -433,7 +466,12 @@ def predictions() -> str:
         def backward_traffic(model, variant, engine, n):
             return sent_bytes(backward_collectives(model, variant, engine, n), n)
 
-        for title, function in {"GB kept on a rank": memory, "GB sent by a rank in step()": step_traffic}.items():
+        tables = {
+            "GB kept on a rank": memory,
+            "GB more on a rank for a while": passing_bytes,
+            "GB sent by a rank in step()": step_traffic,
+        }
+        for title, function in tables.items():
             rows = [[f"`{name}`", *cells(function, variant)] for name, variant in VARIANTS.items()]
             text += table([title, *ENGINES], rows)
         rows = [
@@ -444,9 +482,12 @@ def predictions() -> str:
         flops = sum(map(newton_schulz_flops, model.shapes["matrix"]))
         rows = []
         for n in RANKS:
-            counts = [6 * model.elements() * TOKENS / n, flops, model.largest_share(n)[1]]
-            rows.append([str(n), *(f"{count / 1e12:,.1f}" for count in counts)])
-        ways = "Newton–Schulz on every rank", "Newton–Schulz shared out"
+            shared = model.largest_share(n)[1]
+            counts = [6 * model.elements() * TOKENS / n, flops, shared]
+            seconds = (flops - shared) / SPEED
+            break_even = step_traffic(model, VARIANTS["mars_shampoo process_group=…"], "ddp", n) / seconds
+            rows.append([str(n), *(f"{count / 1e12:,.1f}" for count in counts), f"{break_even / 1e9:.0f}"])
+        ways = "Newton–Schulz on every rank", "Newton–Schulz shared out", "GB/s at which sharing breaks even"
         text += table(["TFLOP of a rank, of so many", "forward and backward", *ways], rows)
     return text
 

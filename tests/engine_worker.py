@@ -15,7 +15,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.state import AcceleratorState, DistributedType
+from accelerate_helpers import let_accelerate_shard_on_cpus
 from clm_helpers import run_clm
 from torch.distributed.tensor import DTensor
 from trainer_helpers import CountSteps, MarsTrainer, Trainer, losses, optimizer_of, train
@@ -28,13 +29,6 @@ DISTRIBUTED_TYPES = {
     "fsdp2": DistributedType.FSDP,
     "deepspeed": DistributedType.DEEPSPEED,
 }
-
-
-def let_accelerate_shard_on_cpus():
-    """accelerate makes FSDP of what it takes for GPUs only. This much is simulated: the processes, their groups and
-    the sharding are real."""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
 class Dies(TrainerCallback):

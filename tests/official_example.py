@@ -60,6 +60,7 @@ def main():
     if trainer.is_world_process_zero():
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         print(f"{type(optimizer).__name__} on {training_args.world_size} processes")
+    trainer.accelerator.wait_for_everyone()  # gloo may abort a process whose peers have left
 
 
 if __name__ == "__main__":

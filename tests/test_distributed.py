@@ -4,9 +4,21 @@ import functools
 import json
 
 import pytest
+from distributed_worker import OPTIONS
+from helpers import METHODS
 from launch_helpers import launch
 
-PROCESSES = {"ddp": 2, "ddp_bucket_view": 2, "fsdp2": 2, "tensor_parallel": 2, "hsdp": 4, "fsdp2_tensor_parallel": 4}
+PROCESSES = {
+    "ddp": 2,
+    "ddp_bucket_view": 2,
+    "ddp_no_sync": 2,
+    "fsdp2": 2,
+    "fsdp2_accelerate": 2,
+    "tensor_parallel": 2,
+    "hsdp": 4,
+    "fsdp2_tensor_parallel": 4,
+}
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 
 
 @functools.cache
@@ -17,17 +29,17 @@ def results(processes):
 
 
 @pytest.mark.parametrize("engine", PROCESSES)
-def test_several_processes_equal_one(engine):
-    """float64, clipping active on some steps; four variants, each clipped, unclipped and exact. Sums over shards are
-    ordered otherwise than on one process; Newton-Schulz multiplies such a rounding by up to 500, sign() is a matter of
-    luck only within 1e-16 of zero."""
-    of_settings = results(PROCESSES[engine])[engine]
-    assert len(of_settings) == 12
-    assert max(of_settings.values()) < 1e-10, of_settings
+@EVERY_METHOD
+@pytest.mark.parametrize("option", OPTIONS)
+def test_several_processes_equal_one(engine, method, option):
+    """float64, clipping active on some steps, with an evaluation before every update. Sums over shards are ordered
+    otherwise than on one process; Newton-Schulz multiplies such a rounding by up to 500, sign() is a matter of luck
+    only within 1e-16 of zero."""
+    assert results(PROCESSES[engine])[engine][f"{method} {option}"] < 1e-10
 
 
-def test_fsdp1_is_refused():
-    messages = results(2)["fsdp1"]
-    assert len(messages) == 8
-    for message in messages.values():
+@EVERY_METHOD
+def test_fsdp1_is_refused(method):
+    for use_orig_params in (False, True):
+        message = results(2)["fsdp1"][f"{method} {use_orig_params}"]
         assert "FSDP1 has flattened a parameter" in message and "fsdp_version: 2" in message

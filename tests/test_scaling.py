@@ -54,7 +54,7 @@ def test_counted_bytes_are_those_of_the_formulas(counted, engine):
 
 
 def test_operations_of_newton_schulz():
-    for shape in ((6, 10), (10, 6), (7, 7)):
+    for shape in ((6, 10), (10, 6), (7, 7), (6, 12), (4, 12), (12, 4)):
         with FlopCounterMode(display=False) as counter:
             newton_schulz(torch.randn(shape))
         assert counter.get_total_flops() == communication.newton_schulz_flops(torch.Size(shape))

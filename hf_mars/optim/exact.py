@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import drop_gathered
+
 
 @contextlib.contextmanager
 def at_previous_point(
@@ -33,6 +35,7 @@ def at_previous_point(
         for pair in pairs:
             _swap(*pair)
             swapped.append(pair)
+        drop_gathered(params)
         torch.clear_autocast_cache()  # an autocast region around both evaluations keeps the weights it has cast
         yield
         if pairs:
@@ -40,6 +43,7 @@ def at_previous_point(
     finally:
         for pair in swapped:
             _swap(*pair)
+        drop_gathered(params)
         torch.clear_autocast_cache()
         for param, (grad, values) in zip(params, set_aside, strict=True):
             param.grad = grad if values is None else grad.copy_(values)

@@ -39,6 +39,21 @@ def local_grad(param: Tensor, grad: Tensor | None = None) -> Tensor:
     return local(grad)
 
 
+def drop_gathered(params: list[Tensor]) -> None:
+    """Make FSDP2 gather its parameters anew at their next use, for ``params`` have been changed under it.
+
+    After a forward pass without a backward one (an evaluation) it keeps what it has gathered, and trusts it. Other
+    models under FSDP2 only have to gather once more.
+    """
+    if any(map(is_sharded, params)):
+        from torch.distributed._composable_state import _module_state_mapping  # nothing public leads there from params
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in list(_module_state_mapping):
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def _sharded_dims(param: DTensor) -> tuple[int, ...]:
     """The dimensions of the mesh along which ranks have different parts of ``param``."""
     return tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
