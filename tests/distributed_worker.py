@@ -137,15 +137,14 @@ def largest_error(engine, cls, arguments, inputs, targets):
 def refusals():
     """What the variants say to FSDP1's parameters, flat ones and slices of flat ones."""
     messages = {}
-    for method, (cls, keywords, _) in METHODS.items():
-        for use_orig_params in (False, True):
-            model = FullyShardedDataParallel(
-                make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
-            )
-            try:
-                cls(model.parameters(), **keywords)
-            except ValueError as error:
-                messages[f"{method} {use_orig_params}"] = str(error)
+    for use_orig_params in (False, True):
+        model = FullyShardedDataParallel(make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        for method, (cls, keywords, _) in METHODS.items():
+            for option, settings in OPTIONS.items():
+                try:
+                    cls(model.parameters(), **keywords, **settings)
+                except ValueError as error:
+                    messages[f"{method} {option} {use_orig_params}"] = str(error)
     return messages
 
 

@@ -1,6 +1,7 @@
 """Start a script of this folder on a number of processes, or several commands at the same time."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,28 +31,53 @@ def free_port():
         return str(sock.getsockname()[1])
 
 
-def run_together(commands, folder, timeout=100, **environment):
-    """Run commands at the same time in `folder`; what each printed. All must exit with 0, none may hang."""
+def run(commands, folder, timeout=240, meanwhile=None, **environment):
+    """Run commands at the same time in `folder`.
+
+    Args:
+        commands: from a free port to (environment, command) of each. If another process takes the port before they
+            do, they are run again with another one.
+        timeout: seconds after which what still runs is terminated; 30 after one has failed.
+        meanwhile: called with the running processes and their logs.
+
+    Returns:
+        The exit codes, None of what was terminated, and what each printed.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
         "HF_DATASETS_CACHE": str(folder / "cache"),
         **environment,
     }
-    deadline = time.monotonic() + timeout
-    logs = [folder / f"log-{i}.txt" for i in range(len(commands))]
-    running = []
-    try:
-        for command, log in zip(commands, logs, strict=True):
-            env = {**environment, **command[0]}
-            with log.open("w") as file:
-                running.append(subprocess.Popen(command[1], cwd=folder, env=env, stdout=file, stderr=file))
-        codes = [process.wait(max(deadline - time.monotonic(), 1)) for process in running]
-    finally:
-        for process in running:
-            process.terminate()  # a launcher passes it on to its workers
-        for process in running:
-            process.wait(30)
-    printed = [log.read_text() for log in logs]
-    assert codes == [0] * len(commands), "\n".join(printed)[-6000:]
+    for _ in range(3):
+        deadline = time.monotonic() + timeout
+        running, logs = [], []
+        try:
+            for own, command in commands(free_port()):
+                logs.append(folder / f"log-{len(logs)}.txt")
+                with logs[-1].open("w") as file:
+                    env = {**environment, **own}
+                    running.append(subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file))
+            if meanwhile is not None:
+                meanwhile(running, logs)
+            while None in [process.poll() for process in running] and time.monotonic() < deadline:
+                if any(process.poll() for process in running):
+                    deadline = min(deadline, time.monotonic() + 30)
+                time.sleep(0.1)
+            codes = [process.poll() for process in running]
+        finally:
+            for process in running:
+                process.terminate()  # a launcher passes it on to its workers
+            for process in running:
+                process.wait(30)
+        printed = [log.read_text() for log in logs]
+        if not any(re.search("EADDRINUSE|another process is utilizing it", text) for text in printed):
+            break
+    return codes, printed
+
+
+def run_together(commands, folder, **options):
+    """What each command printed. All must exit with 0."""
+    codes, printed = run(commands, folder, **options)
+    assert codes == [0] * len(codes), (codes, *(text[-4000:] for text in printed))
     return printed

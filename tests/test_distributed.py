@@ -39,7 +39,8 @@ def test_several_processes_equal_one(engine, method, option):
 
 
 @EVERY_METHOD
-def test_fsdp1_is_refused(method):
+@pytest.mark.parametrize("option", OPTIONS)
+def test_fsdp1_is_refused(method, option):
     for use_orig_params in (False, True):
-        message = results(2)["fsdp1"][f"{method} {use_orig_params}"]
+        message = results(2)["fsdp1"][f"{method} {option} {use_orig_params}"]
         assert "FSDP1 has flattened a parameter" in message and "fsdp_version: 2" in message

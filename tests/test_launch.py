@@ -7,14 +7,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from clm_helpers import QUIET, ROOT, log_history, run_clm, run_main
-from launch_helpers import free_port, run_together
+from launch_helpers import run, run_together
 from nodes_worker import BLOCKS
+
+pytestmark = pytest.mark.timeout(600)  # a test may set up two runs, each with a timeout of its own
 
 LAUNCH = ROOT / "docs" / "launch"
 CONFIGS = sorted(path.name for path in LAUNCH.glob("*.yaml"))
@@ -130,25 +135,56 @@ def check_same_run(output_dir, expected_dir, printed):
 
 def test_one_launch_of_two_processes_equals_one_process(one_process, tmp_path):
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    port = ["--main_process_port", free_port()]
-    launch = accelerate_launch(*flags.split(), *port, processes=2, output_dir="out")
-    (printed,) = run_together([({}, launch)], tmp_path)
+    launch = accelerate_launch(*flags.split(), "--main_process_port", "0", processes=2, output_dir="out")
+    (printed,) = run_together(lambda port: [({}, launch)], tmp_path)
     check_same_run(tmp_path / "out", one_process, printed)
 
 
-def two_nodes(address, output_dir):
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_a_launch_with_deepspeed_equals_one_process(tmp_path):
+    unclipped = ["--optim", "mars_adamw", "--learning_rate", "0.003", "--optim_args", "max_norm=none"]
+    batch = ["--per_device_train_batch_size", str(TOTAL_BATCH), "--per_device_eval_batch_size", str(TOTAL_BATCH)]
+    run_clm.main([*RUN, *batch, *unclipped, "--output_dir", str(tmp_path / "one"), *QUIET])
+    options = ["--config_file", str(LAUNCH / "zero2_2x8.yaml"), "--num_processes", "2", "--num_machines", "1"]
+    options += ["--mixed_precision", "no", "--main_process_port", "0"]
+    launch = [*accelerate_launch(*options, processes=2, output_dir="out"), *unclipped]
+    (printed,) = run_together(lambda port: [({"DS_ACCELERATOR": "cpu"}, launch)], tmp_path)
+    assert "DeepSpeedZeroOptimizer" in printed or "ZeRO" in printed
+    check_same_run(tmp_path / "out", tmp_path / "one", printed)
+
+
+def two_nodes(address, port):
     """The launch of each of two nodes with one process."""
     common = ["--config_file", str(LAUNCH / "ddp_2x8.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
-    common += ["--main_process_ip", address, "--main_process_port", free_port()]
-    return [accelerate_launch(*common, "--machine_rank", str(r), processes=2, output_dir=output_dir) for r in (0, 1)]
+    common += ["--main_process_ip", address, "--main_process_port", port]
+    return [accelerate_launch(*common, "--machine_rank", str(r), processes=2, output_dir="out") for r in (0, 1)]
 
 
 def test_two_nodes_on_loopback_equal_one_process(one_process, tmp_path):
-    printed = run_together([({}, launch) for launch in two_nodes("127.0.0.1", "out")], tmp_path)
+    printed = run_together(lambda port: [({}, launch) for launch in two_nodes("127.0.0.1", port)], tmp_path)
     check_same_run(tmp_path / "out", one_process, printed[0])
     # The second node neither logs nor reports.
     for line in ("INFO", "perplexity", "'loss'", "train_runtime"):
         assert line in printed[0] and line not in printed[1]
+
+
+def test_a_process_that_dies_on_one_node_ends_the_launches_of_both(tmp_path):
+    def kill_on_the_second(running, logs):
+        deadline = time.monotonic() + 100
+        while "'loss'" not in logs[0].read_text():  # both train
+            if time.monotonic() > deadline or any(process.poll() is not None for process in running):
+                return
+            time.sleep(0.1)
+        for worker in psutil.Process(running[1].pid).children():
+            worker.kill()
+
+    def endless(port):
+        return [({}, [*launch, "--max_steps", "1000000"]) for launch in two_nodes("127.0.0.1", port)]
+
+    codes, printed = run(endless, tmp_path, meanwhile=kill_on_the_second)
+    assert "INFO run_clm: 2 process(es), ParallelMode.DISTRIBUTED, cpu" in printed[0], printed[0][-4000:]
+    assert "Signal 9 (SIGKILL)" in printed[1], printed[1][-4000:]
+    assert None not in codes and 0 not in codes, (codes, *(text[-4000:] for text in printed))
 
 
 @pytest.fixture
@@ -179,11 +215,13 @@ def network_namespaces():
 
 
 def test_two_nodes_with_their_own_addresses_equal_one_process(one_process, tmp_path, network_namespaces):
-    launches = two_nodes(network_namespaces[0][2], "out")
-    commands = [
-        ({"GLOO_SOCKET_IFNAME": interface}, ["ip", "netns", "exec", name, *launch])
-        for (name, interface, _), launch in zip(network_namespaces, launches, strict=True)
-    ]
+    def commands(port):
+        launches = two_nodes(network_namespaces[0][2], port)
+        return [
+            ({"GLOO_SOCKET_IFNAME": interface}, ["ip", "netns", "exec", name, *launch])
+            for (name, interface, _), launch in zip(network_namespaces, launches, strict=True)
+        ]
+
     printed = run_together(commands, tmp_path)
     check_same_run(tmp_path / "out", one_process, printed[0])
 
@@ -195,9 +233,14 @@ def test_two_nodes_with_their_own_addresses_equal_one_process(one_process, tmp_p
 def two_by_two(one_process, tmp_path_factory):
     """What nodes_worker.py wrote, for each of its four processes."""
     folder = tmp_path_factory.mktemp("two_by_two")
-    rendezvous = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    rendezvous = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     worker = [sys.executable, str(ROOT / "tests" / "nodes_worker.py"), str(folder), str(one_process)]
-    run_together([({"RANK": str(r), "LOCAL_RANK": str(r % 2), **rendezvous}, worker) for r in range(4)], folder)
+
+    def commands(port):
+        ranks = ({"RANK": str(r), "LOCAL_RANK": str(r % 2), "MASTER_PORT": port} for r in range(4))
+        return [({**rendezvous, **rank}, worker) for rank in ranks]
+
+    run_together(commands, folder)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
 
 

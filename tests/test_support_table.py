@@ -1,6 +1,8 @@
-"""docs/distributed.md: every cell of its table is backed by tests that exist."""
+"""docs/distributed.md: every cell of its table is backed by tests that exist, and that run what it claims."""
 
 import ast
+import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -9,6 +11,22 @@ import pytest
 TESTS = Path(__file__).parent
 DOCUMENT = (TESTS.parent / "docs" / "distributed.md").read_text()
 CLAIMS = {"tested", "refused", "not tested"}
+OPTIMS = ("mars_adamw", "mars_lion", "mars_shampoo", "mars_m")
+
+# What the tests behind the tested cells of a row have in their ids: one of them each, for every variant and form.
+ENGINES = {
+    "one process": [""],
+    "DDP, Trainer": ["::test_ddp_"],
+    "DDP, loop, also with gradient_as_bucket_view": [r"-ddp\]", r"-ddp_bucket_view\]", r"-ddp_no_sync\]"],
+    "FSDP2, Trainer": ["::test_fsdp2_"],
+    "FSDP2, Trainer, full and sharded": ["FULL_STATE_DICT", "SHARDED_STATE_DICT"],
+    "FSDP2, loop": [r"-fsdp2\]", r"-fsdp2_accelerate\]"],
+    "HSDP, loop": [r"-hsdp\]"],
+    "tensor parallelism, loop": [r"-tensor_parallel\]"],
+    "FSDP2 with tensor parallelism, loop": [r"-fsdp2_tensor_parallel\]"],
+    "ZeRO-1, 2, 3, without clip": ["stage 1", "stage 2(?! offload)", "stage 3"],
+    "ZeRO-2 with offload_optimizer, without clip": ["stage 2 offload"],
+}
 
 
 def rows():
@@ -20,15 +38,54 @@ def functions_of(file):
     return {node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
+@functools.cache
+def ids_of(*files):
+    """The ids of all tests in some files, as pytest collects them."""
+
+    class Collected:
+        def pytest_collection_finish(self, session):
+            self.ids = [item.nodeid for item in session.items]
+
+    collected = Collected()
+    paths = [str(TESTS / file) for file in files]
+    pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *paths], plugins=[collected])
+    return collected.ids
+
+
+def covers(test_id, claim, optim, form, engine):
+    """Whether a test is about this variant in this form; where it is said to work, with the engine."""
+    if claim == "refused":
+        right_kind = "refuse" in test_id
+    else:
+        right_kind = "refuse" not in test_id and re.search(engine, test_id)
+    is_exact = re.search("(?<!bit_)exact", test_id) is not None
+    return right_kind and optim in test_id and is_exact == (form == "exact")
+
+
+def named_in(row):
+    return re.findall(r"`(test_\w+\.py::test_\w+)`", row[-1])
+
+
 @pytest.mark.parametrize("row", rows(), ids=lambda row: ", ".join(row[:3]))
-def test_every_claim_names_its_tests(row):
-    *_, names = row
-    claims = row[3:7]
+def test_every_claim_is_what_its_tests_run(row):
+    """By their parametrisation: each variant and form of the row has a test, and each test has one of these."""
+    engine, forms, _, *claims, names = row
     assert len(row) == 8 and set(claims) <= CLAIMS
-    tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", names)
-    assert len(tests) == names.count("::") and bool(tests) == (set(claims) != {"not tested"})
-    for file, test in tests:
-        assert test in functions_of(file)
+    tests = named_in(row)
+    assert len(tests) == names.count("::")
+    files = {test.split("::")[0] for line in rows() for test in named_in(line)}
+    ids = {test_id: test_id.split("[")[0].removeprefix("tests/") for test_id in ids_of(*sorted(files))}
+    used = set()
+    for (optim, claim), form in itertools.product(zip(OPTIMS, claims, strict=True), forms.split(", ")):
+        if claim == "not tested":
+            continue
+        for part in ENGINES[engine] if claim == "tested" else [""]:
+            found = {
+                test for test_id, test in ids.items() if test in tests and covers(test_id, claim, optim, form, part)
+            }
+            assert found, (optim, form, claim, part)
+            used |= found
+    assert used == set(tests)
 
 
 def test_there_is_a_table():

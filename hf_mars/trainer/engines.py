@@ -75,9 +75,11 @@ def _check_deepspeed(
             "DeepSpeed gives the optimizer flat slices of many; turn it off: --optim_args max_norm=none "
             "(max_grad_norm goes on clipping the gradient as a whole)"
         )
-    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    device = offload.get("device", "none")
     if device != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
             f"DeepSpeed's offload_optimizer (device {device!r}) would replace {name} by DeepSpeedCPUAdam; set "
-            '"zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration'
+            '"zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration (for accelerate launch: in the file '
+            "that deepspeed_config_file names)"
         )
