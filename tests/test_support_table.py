@@ -26,6 +26,7 @@ ENGINES = {
     "FSDP2 with tensor parallelism, loop": [r"-fsdp2_tensor_parallel\]"],
     "ZeRO-1, 2, 3, without clip": ["stage 1", "stage 2(?! offload)", "stage 3"],
     "ZeRO-2 with offload_optimizer, without clip": ["stage 2 offload"],
+    "DataParallel, without GPUs": ["::test_several_gpus"],
 }
 
 
@@ -91,3 +92,44 @@ def test_every_claim_is_what_its_tests_run(row):
 def test_there_is_a_table():
     engines = {row[0].split(",")[0] for row in rows()}
     assert {"one process", "DDP", "FSDP2", "HSDP", "FSDP1", "ZeRO-1", "DataParallel", "tensor parallelism"} <= engines
+
+
+README = (TESTS.parent / "README.md").read_text()
+# A column of README's table -> how the engines in the whole table begin that it sums up.
+COLUMNS = {
+    "one process": "one process",
+    "DDP": "DDP, Trainer",
+    "FSDP2": "FSDP2, Trainer",
+    "HSDP, tensor parallelism": "HSDP",
+    "DeepSpeed ZeRO-1/2/3": "ZeRO-1, 2, 3",
+    "FSDP1": "FSDP1, Trainer",
+    "DataParallel": "DataParallel",
+}
+
+
+def readme_cells():
+    head, _, *lines = re.search(r"((?:^\| .*one process.*$)(?:\n\|.*)+)", README, re.MULTILINE)[1].splitlines()
+    names = [cell.strip() for cell in head.strip("| ").split("|")]
+    for line in lines:
+        what, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        yield from ((what, name, cell) for name, cell in zip(names, cells, strict=True))
+
+
+@pytest.mark.parametrize("what, column, cell", list(readme_cells()))
+def test_readme_claims_what_the_whole_table_does(what, column, cell):
+    claim = next(c for c in ("not tested", "refused", "tested") if cell.startswith(c))
+    form = "exact" if what.startswith("exact") else "approx"
+    kinds = ("resume", "all") if what == "resume" else ("numbers", "all")
+    optims = [o for o in OPTIMS if o in what] or OPTIMS
+    backing = [
+        row
+        for row in rows()
+        if row[0].startswith(COLUMNS[column]) and form in row[1] and any(kind in row[2] for kind in kinds)
+    ]
+    if what == "resume":  # of those variants that the engine takes at all
+        assert any(claim in row[3:7] for row in backing)
+    else:
+        claimed = [dict(zip(OPTIMS, row[3:7], strict=True)) for row in backing]
+        assert any(all(claims[o] == claim for o in optims) for claims in claimed)
+    if "1 ↔ 2" in cell:
+        assert any("1 → 2" in row[2] and set(row[3:7]) == {"tested"} for row in backing)
