@@ -149,7 +149,7 @@ def test_a_launch_with_deepspeed_equals_one_process(tmp_path):
     options += ["--mixed_precision", "no", "--main_process_port", "0"]
     launch = [*accelerate_launch(*options, processes=2, output_dir="out"), *unclipped]
     (printed,) = run_together(lambda port: [({"DS_ACCELERATOR": "cpu"}, launch)], tmp_path)
-    assert "DeepSpeedZeroOptimizer" in printed or "ZeRO" in printed
+    assert "You are using ZeRO with an untested optimizer" in printed  # one that is not DeepSpeed's own
     check_same_run(tmp_path / "out", tmp_path / "one", printed)
 
 
