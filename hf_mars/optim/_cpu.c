@@ -1,4 +1,4 @@
-/* One pass over memory a step, for float32 parameters on CPUs: c_t, its clip, the moving averages and the update.
+/* The step in one pass over memory, with the clip two, for float32 parameters on CPUs: c_t, its clip, the moving averages and the update.
  *
  * torch has no kernel for it. Composed of torch's, MARS-AdamW moves 10 words a parameter through memory without the
  * clip and 11 with it. Here it is 8 without, since c_t is never stored, and 10 with the clip, less where a tensor stays
@@ -176,8 +176,6 @@ static double norm(const Step *step, int64_t k, int threads)
         sum += step->sums[r * step->count + k];
     return sqrt(sum);
 }
-
-enum Pass { MEASURE, UPDATE };
 
 static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
