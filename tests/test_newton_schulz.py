@@ -127,3 +127,8 @@ def test_two_steps_at_once_are_no_rougher_in_bfloat16(decay, monkeypatch):
         monkeypatch.setattr(module, "WIDE", wide)
         errors[wide] = ((newton_schulz(matrix).double() - exact).norm() / exact.norm()).item()
     assert 0 < errors[2] < max(0.1, 1.2 * errors[1000]) < 0.5
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 3)], ids=str)
+def test_empty_matrices(shape):
+    assert newton_schulz(torch.zeros(shape)).shape == shape

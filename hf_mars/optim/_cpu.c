@@ -1,4 +1,5 @@
-/* The step in one pass over memory, with the clip two, for float32 parameters on CPUs: c_t, its clip, the moving averages and the update.
+/* The step in one pass over memory, with the clip two, for float32 parameters on CPUs: c_t, its clip, the moving
+ * averages and the update.
  *
  * torch has no kernel for it. Composed of torch's, MARS-AdamW moves 10 words a parameter through memory without the
  * clip and 11 with it. Here it is 8 without, since c_t is never stored, and 10 with the clip, less where a tensor stays
@@ -33,7 +34,8 @@ enum { ALONE = 1 << 15 };       /* elements below which one thread is faster tha
 
 typedef struct {
     float kappa1;               /* 1 + κ */
-    float beta1, beta2, eps, gamma;
+    float weight1, beta2, weight2;   /* 1 − β1; β2; 1 − β2, which float32 could not tell from a rounded β */
+    float eps, gamma;
     float lr, decay;            /* η; 1 − ηλ */
     double max_norm;            /* 0: no clip */
 } Settings;
@@ -107,12 +109,12 @@ static int32_t adamw(Pointers at, int64_t n, Settings s, float scale)
 {
     float *restrict x = at.x, *restrict m = at.m, *restrict v = at.v;
     const float *restrict g = at.g, *restrict g_prev = at.g_prev;
-    const float kappa1 = s.kappa1, b1 = s.beta1, b2 = s.beta2;
+    const float kappa1 = s.kappa1;
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
         float c = scale * C(i);
-        float m_i = m[i] + (1 - b1) * (c - m[i]);
-        float v_i = b2 * v[i] + (1 - b2) * c * c;
+        float m_i = m[i] + s.weight1 * (c - m[i]);
+        float v_i = s.beta2 * v[i] + s.weight2 * c * c;
         m[i] = m_i;
         v[i] = v_i;
         x[i] = s.decay * x[i] - at.step_size * m_i / (sqrtf(v_i) * at.inverse_root_bias2 + s.eps);
@@ -138,9 +140,9 @@ static int32_t lion(Pointers at, int64_t n, Settings s, float scale)
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
         float c = scale * C(i);
-        float e_i = e[i] + (1 - s.beta1) * (c - e[i]);
+        float e_i = e[i] + s.weight1 * (c - e[i]);
         e[i] = e_i;
-        x[i] = s.decay * x[i] - s.lr * sign(e_i + s.gamma * (c - e_i));
+        x[i] = s.decay * x[i] - s.lr * sign(s.gamma ? e_i + s.gamma * (c - e_i) : e_i);
         largest = magnitude(c) > largest ? magnitude(c) : largest;
     }
     return largest;
@@ -246,8 +248,8 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
     Py_buffer sizes, x, m, v, g, g_prev, step_sizes, root_bias2;
     Settings s;
     int threads;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*z*z*fffffffdi", &sizes, &x, &m, &v, &g, &g_prev, &step_sizes,
-                          &root_bias2, &s.kappa1, &s.beta1, &s.beta2, &s.eps, &s.gamma, &s.lr, &s.decay, &s.max_norm,
+    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*z*z*ffffffffdi", &sizes, &x, &m, &v, &g, &g_prev, &step_sizes,
+                          &root_bias2, &s.kappa1, &s.weight1, &s.beta2, &s.weight2, &s.eps, &s.gamma, &s.lr, &s.decay, &s.max_norm,
                           &threads))
         return NULL;
     Step step = {sizes.len / (Py_ssize_t)sizeof(int64_t), sizes.buf, x.buf, m.buf, v.buf, g.buf, g_prev.buf,
@@ -285,8 +287,8 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"step", step_of_a_group, METH_VARARGS,
-     "step(sizes, x, m, v, g, g_prev, step_sizes, root_bias2, kappa1, beta1, beta2, eps, gamma, lr, decay, max_norm, "
-     "threads): one step of MARS-AdamW (v given) or MARS-Lion on float32 tensors, in place. The first five and g_prev "
+     "step(sizes, x, m, v, g, g_prev, step_sizes, root_bias2, kappa1, weight1, beta2, weight2, eps, gamma, lr, decay, "
+     "max_norm, threads): one step of MARS-AdamW (v given) or MARS-Lion on float32 tensors, in place. The first five and g_prev "
      "are buffers of int64: element counts and addresses. Returns for each tensor whether its c was finite."},
     {NULL, NULL, 0, NULL},
 };

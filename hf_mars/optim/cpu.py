@@ -46,9 +46,12 @@ def can_step(
         return False
     if group["update"] not in ("adamw", "lion"):
         return False
-    for tensors in (params, grads, previous_grads or (), *_averages(states, group)):
-        for t in tensors:  # hundreds of them may be small: a generator would take longer than their step
+    for tensors in (params, grads, previous_grads or grads, *_averages(states, group)):
+        # Loops, since hundreds of them may be small, and generators would take longer than their step.
+        for param, t in zip(params, tensors, strict=True):
             if t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous() or type(t) not in _PLAIN:
+                return False
+            if t.shape != param.shape:  # a state that was loaded from another model: torch's kernels will say so
                 return False
     return True
 
@@ -84,7 +87,7 @@ def step(
         ts = [state["step"].item() for state in states]
         step_sizes = array("d", [lr / (1 - beta1**t) for t in ts])
         root_bias2 = array("d", [(1 - beta2**t) ** 0.5 for t in ts])
-    return _cpu.step(
+    finite = _cpu.step(
         array("q", [param.numel() for param in params]),
         _addresses(params),
         _addresses(exp_avgs),
@@ -94,8 +97,9 @@ def step(
         step_sizes,
         root_bias2,
         0.0 if previous_grads is None else 1 + scaling(group["gamma"], beta1),
-        beta1,
+        1 - beta1,
         beta2,
+        1 - beta2,
         group["eps"],
         gamma,
         lr,
@@ -103,6 +107,8 @@ def step(
         group["max_norm"] or 0.0,
         torch.get_num_threads(),
     )
+    torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
+    return finite
 
 
 def _averages(states: list[dict[str, Any]], group: dict[str, Any]) -> list[list[Tensor]]:

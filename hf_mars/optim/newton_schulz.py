@@ -38,13 +38,13 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
 
-    x = x.view(-1, *x.shape[-2:])
+    x = x.flatten(0, -3)
     pairs = steps // 2 if x.shape[-1] >= WIDE * x.shape[-2] else 0
     for _ in range(pairs):
         x = _two_steps(x)
     for _ in range(steps - 2 * pairs):
         x = _one_step(x)
-    return [y.view(matrices[0].shape).to(matrices[0].dtype) for y in x.view(len(matrices), -1, *x.shape[-2:])]
+    return [y.to(matrices[0].dtype) for y in x.view(len(matrices), *matrices[0].shape)]
 
 
 def _one_step(x: Tensor) -> Tensor:

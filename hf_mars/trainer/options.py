@@ -207,8 +207,8 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
     logger.info(f"{optimizer_cls.__name__}({', '.join(f'{key}={value!r}' for key, value in kwargs.items())})")
     if args.device.type == "cpu" and not is_compiled():
         logger.warning(
-            "hf_mars was installed without a C compiler: steps on CPUs are composed of torch's kernels, as right but "
-            "slower (docs/performance.md)"
+            "the compiled step of hf_mars is missing (no C compiler when it was installed, or torch's threads are not "
+            "OpenMP's): steps on CPUs are composed of torch's kernels, as right but slower (docs/performance.md)"
         )
     if optimizer_cls is MarsShampoo:
         if model is None:
