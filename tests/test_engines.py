@@ -67,8 +67,8 @@ def a_run(name, engine, processes, *, label=None, state_dict="FULL_STATE_DICT", 
 
 
 def resumed(run, checkpoint, what="resumed"):
-    """The same run from a checkpoint on. What it would save itself nobody reads."""
-    settings = {**run["settings"], "save_strategy": "no"}
+    """The same run from a checkpoint on. What it would save itself nobody reads, and evaluations change nothing."""
+    settings = {**run["settings"], "save_strategy": "no", "eval_strategy": "no"}
     return {"name": f"{run['name']} {what}", "settings": settings, "resume": checkpoint}
 
 
