@@ -249,8 +249,8 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
     Settings s;
     int threads;
     if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*z*z*ffffffffdi", &sizes, &x, &m, &v, &g, &g_prev, &step_sizes,
-                          &root_bias2, &s.kappa1, &s.weight1, &s.beta2, &s.weight2, &s.eps, &s.gamma, &s.lr, &s.decay, &s.max_norm,
-                          &threads))
+                          &root_bias2, &s.kappa1, &s.weight1, &s.beta2, &s.weight2, &s.eps, &s.gamma, &s.lr, &s.decay,
+                          &s.max_norm, &threads))
         return NULL;
     Step step = {sizes.len / (Py_ssize_t)sizeof(int64_t), sizes.buf, x.buf, m.buf, v.buf, g.buf, g_prev.buf,
                  step_sizes.buf, root_bias2.buf, s, NULL, NULL};
@@ -288,8 +288,8 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 static PyMethodDef methods[] = {
     {"step", step_of_a_group, METH_VARARGS,
      "step(sizes, x, m, v, g, g_prev, step_sizes, root_bias2, kappa1, weight1, beta2, weight2, eps, gamma, lr, decay, "
-     "max_norm, threads): one step of MARS-AdamW (v given) or MARS-Lion on float32 tensors, in place. The first five and g_prev "
-     "are buffers of int64: element counts and addresses. Returns for each tensor whether its c was finite."},
+     "max_norm, threads): one step of MARS-AdamW (v given) or MARS-Lion on float32 tensors, in place. The first five "
+     "and g_prev are buffers of int64: element counts and addresses. Returns for each tensor whether its c was finite."},
     {NULL, NULL, 0, NULL},
 };
 
