@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, make_gradients, make_params, run_steps, values
+from helpers import assert_close, assert_equal, make_gradients, make_params, run_steps, values
 
 from hf_mars.optim import MarsAdamW, MarsLion, cpu
 
@@ -108,6 +108,64 @@ def test_exact_mode(method, calls, monkeypatch):
         results.append(values(params))
     assert len(calls) == 4
     assert_close(*results, 1e-5)
+
+
+# ---- what the clip needs to read: where ‖g_t‖ and the known ‖g_{t−1}‖ bound ‖c_t‖ well below max_norm, g_t alone ----
+
+
+@EVERY_METHOD
+def test_knowing_the_last_norm_changes_no_bit(method, threads):
+    """Short gradients, then one that is clipped, which the last norm did not announce, then one that it did, …"""
+    finals = []
+    for forgetful in (False, True):
+        params = make_params(SHAPES, dtype=torch.float32)
+        optimizer = METHODS[method](params, lr=0.01, gamma=0.5)
+        for gradients in make_gradients(params, 7, scales=(1e-5, 1e-5, 3.0, 3.0, 1e-5)):
+            run_steps(optimizer, params, [gradients])
+            if forgetful:
+                optimizer._grad_norms = cpu.GradNorms()
+        finals.append(values(params))
+    assert_equal(*finals)
+
+
+@EVERY_METHOD
+def test_short_gradients_are_corrected_without_a_pass_of_their_own(method):
+    """Seen by g_{t−1}'s memory: c_t takes it where c_t has to be measured."""
+    (param,) = params = make_params([(40, 30)], dtype=torch.float32)
+    optimizer = METHODS[method](params, gamma=0.5)
+    overwritten = []
+    for seed, scale in enumerate((1e-5, 1e-5, 3.0, 3.0, 1e-5, 1e-5)):
+        last_grad = optimizer.state[param].get("last_grad")
+        before = None if last_grad is None else last_grad.clone()
+        run_steps(optimizer, params, make_gradients(params, 1, scales=(scale,), seed=seed))
+        overwritten.append(before is not None and not torch.equal(last_grad, before))
+    assert overwritten == [False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("how", ["in place", "another tensor", "state_dict"])
+@EVERY_METHOD
+def test_a_last_grad_that_was_changed_is_measured(method, how, monkeypatch):
+    finals = []
+    for built in (True, False):
+        if not built:
+            without(monkeypatch)
+        (param,) = params = make_params([(40, 30)], dtype=torch.float32)
+        optimizer = METHODS[method](params, lr=0.01, gamma=0.5)
+        gradients = make_gradients(params, 2, scales=(1e-5,))
+        run_steps(optimizer, params, gradients[:1])
+        state = optimizer.state[param]
+        if how == "in place":
+            state["last_grad"].mul_(1e8)
+        elif how == "another tensor":
+            state["last_grad"] = state["last_grad"] * 1e8
+        else:
+            saved = optimizer.state_dict()
+            saved["state"][0] = {**saved["state"][0], "last_grad": state["last_grad"] * 1e8}
+            optimizer.load_state_dict(saved)
+        run_steps(optimizer, params, gradients[1:])
+        finals.append([*values(params), optimizer.state[param]["exp_avg"]])
+        assert finals[-1][1].norm() == pytest.approx(0.05, rel=1e-2)  # (1 − β1) max_norm: it was clipped
+    assert_close(*finals, 1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

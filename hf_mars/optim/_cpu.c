@@ -2,8 +2,8 @@
  * averages and the update.
  *
  * torch has no kernel for it. Composed of torch's, MARS-AdamW moves 10 words a parameter through memory without the
- * clip and 11 with it. Here it is 8 without, since c_t is never stored, and 10 with the clip, less where a tensor stays
- * in the cache between its norm and its update.
+ * clip and 11 with it. Here it is 8 without, since c_t is never stored, and 9 with the clip, less where g_t stays in the
+ * cache between its norm and its update; 10 where the bound in is_short() will not do and c_t must be measured itself.
  *
  * cpu.py is the only caller; it checks shapes, dtypes and layout. The equations are those of correction.py, adamw.py
  * and lion.py, and tests/test_cpu_kernel.py holds the two against each other.
@@ -28,7 +28,7 @@
 
 enum { LANES = 64 };            /* independent sums, so that additions need not wait for each other */
 enum { RUN = 4096 };            /* elements that are added up in float32 */
-enum { CACHED = 1 << 21 };      /* elements of tensors that are measured, then updated: g_t and g_prev take 16 MiB */
+enum { CACHED = 1 << 21 };      /* elements of tensors that are measured, then updated: g_t takes 8 MiB */
 enum { BLOCK = 1 << 15 };       /* elements at a time on the way back through them */
 enum { ALONE = 1 << 15 };       /* elements below which one thread is faster than several */
 
@@ -49,32 +49,39 @@ typedef struct {
 /* c_t = g_prev + (1+κ)(g_t − g_prev) */
 #define C(i) (g_prev[i] + kappa1 * (g[i] - g_prev[i]))
 
-/* c_t takes g_prev's place. Returns Σ c². */
+typedef struct {
+    double c, g;                /* Σ c², Σ g²; of one thread's part of a tensor */
+} Squares;
+
+/* c_t takes g_prev's place. */
 FOR_EACH_PROCESSOR
-static double correct(const float *restrict g, float *restrict g_prev, int64_t n, float kappa1)
+static Squares correct(const float *restrict g, float *restrict g_prev, int64_t n, float kappa1)
 {
-    double sum = 0;
+    Squares sum = {0, 0};
     for (int64_t start = 0; start < n; start += RUN) {
         int64_t stop = start + RUN < n ? start + RUN : n, i = start;
-        float lanes[LANES] = {0};
+        float of_c[LANES] = {0}, of_g[LANES] = {0};
         for (; i + LANES <= stop; i += LANES)
             for (int j = 0; j < LANES; j++) {
                 float c = C(i + j);
                 g_prev[i + j] = c;
-                lanes[j] += c * c;
+                of_c[j] += c * c;
+                of_g[j] += g[i + j] * g[i + j];
             }
         for (int j = 0; i < stop; i++, j++) {
             float c = C(i);
             g_prev[i] = c;
-            lanes[j] += c * c;
+            of_c[j] += c * c;
+            of_g[j] += g[i] * g[i];
         }
-        for (int j = 0; j < LANES; j++)
-            sum += lanes[j];
+        for (int j = 0; j < LANES; j++) {
+            sum.c += of_c[j];
+            sum.g += of_g[j];
+        }
     }
     return sum;
 }
 
-/* Σ g². */
 FOR_EACH_PROCESSOR
 static double squares(const float *restrict g, int64_t n)
 {
@@ -152,50 +159,85 @@ typedef struct {
     int64_t count;
     const int64_t *sizes;
     float **x, **m, **v, **g, **g_prev;          /* v: NULL for Lion; g_prev: NULL for c = g */
-    const double *step_sizes, *root_bias2;       /* NULL for Lion */
+    float **steps;                               /* t of each tensor; NULL for Lion */
+    const double *prev_norms;                    /* ‖g_prev‖ where it is known, NaN elsewhere */
     Settings settings;
-    double *sums;                                /* Σ c² of each tensor, thread by thread */
+    double beta1, beta2, lr;
+    Squares *sums;                               /* of each tensor, thread by thread */
     int32_t *largest;                            /* of each tensor, thread by thread */
 } Step;
 
-static Pointers pointers(const Step *step, int64_t k, int64_t offset)
+static Squares total(const Step *step, int64_t k, int threads)
 {
-    const float *g_prev = step->g_prev ? step->g_prev[k] : step->g[k];
-    const float *g = step->settings.max_norm ? g_prev : step->g[k];   /* measured: c_t is in g_prev's place */
-    Pointers at = {step->x[k] + offset, step->m[k] + offset, NULL, g + offset, g_prev + offset, 0, 0};
-    if (step->v) {
-        at.v = step->v[k] + offset;
-        at.step_size = (float)step->step_sizes[k];
-        at.inverse_root_bias2 = (float)(1 / step->root_bias2[k]);
+    Squares sum = {0, 0};
+    for (int r = 0; r < threads; r++) {
+        sum.c += step->sums[r * step->count + k].c;
+        sum.g += step->sums[r * step->count + k].g;
     }
-    return at;
+    return sum;
 }
 
-static double norm(const Step *step, int64_t k, int threads)
+/* ‖c‖ ≤ (1+κ)‖g‖ + κ‖g_prev‖: where that is below max_norm with room for rounding, nothing is clipped, and only g
+ * needs to be measured. False where a norm is not known. */
+static int is_short(const Step *step, int64_t k, double norm_of_g)
 {
-    double sum = 0;
-    for (int r = 0; r < threads; r++)
-        sum += step->sums[r * step->count + k];
-    return sqrt(sum);
+    double kappa1 = step->settings.kappa1;
+    return kappa1 * norm_of_g + (kappa1 - 1) * step->prev_norms[k] < 0.999 * step->settings.max_norm;
+}
+
+/* Whether c_t itself is measured, and then takes g_prev's place: where the bound will not do, to judge by g_prev. */
+static int is_corrected_first(const Step *step, int64_t k)
+{
+    return step->g_prev && !is_short(step, k, step->prev_norms[k]);
+}
+
+static int is_corrected_late(const Step *step, int64_t k, int threads)
+{
+    return step->g_prev && !is_corrected_first(step, k) && !is_short(step, k, sqrt(total(step, k, threads).g));
 }
 
 static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
     (void)threads;
-    step->sums[thread * step->count + k] +=
-        step->g_prev ? correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa1)
-                     : squares(step->g[k] + from, to - from);
+    Squares *sum = &step->sums[thread * step->count + k];
+    if (is_corrected_first(step, k)) {
+        Squares more = correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa1);
+        sum->c += more.c;
+        sum->g += more.g;
+    } else {
+        sum->g += squares(step->g[k] + from, to - from);
+    }
+}
+
+static void measure_again(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
+{
+    if (is_corrected_late(step, k, threads))
+        step->sums[thread * step->count + k].c +=
+            correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa1).c;
 }
 
 static void update(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
     const Settings *s = &step->settings;
+    const float *g_prev = step->g_prev ? step->g_prev[k] : step->g[k], *g = step->g[k];
     float scale = 1;
     if (s->max_norm) {
-        double length = norm(step, k, threads);
-        scale = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
+        int is_corrected = is_corrected_first(step, k) || is_corrected_late(step, k, threads);
+        if (is_corrected)
+            g = g_prev;         /* c_t is in g_prev's place */
+        if (is_corrected || !step->g_prev) {
+            double length = sqrt(is_corrected ? total(step, k, threads).c : total(step, k, threads).g);
+            scale = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
+        }
     }
-    int32_t largest = (step->v ? adamw : lion)(pointers(step, k, from), to - from, *s, scale);
+    Pointers at = {step->x[k] + from, step->m[k] + from, NULL, g + from, g_prev + from, 0, 0};
+    if (step->v) {
+        at.v = step->v[k] + from;
+        double t = *step->steps[k];
+        at.step_size = (float)(step->lr / (1 - pow(step->beta1, t)));
+        at.inverse_root_bias2 = (float)(1 / sqrt(1 - pow(step->beta2, t)));
+    }
+    int32_t largest = (step->v ? adamw : lion)(at, to - from, *s, scale);
     int32_t *known = &step->largest[thread * step->count + k];
     *known = largest > *known ? largest : *known;
 }
@@ -223,8 +265,8 @@ static void pass(const Step *step, typeof(measure) *work, int backwards, int64_t
     }
 }
 
-/* Norms need whole tensors before the first update: a barrier between the two passes over a few tensors at a time,
- * which are then still in the cache. */
+/* Norms need whole tensors before the first update: barriers between the passes over a few tensors at a time, which are
+ * then still in the cache. */
 static void run(const Step *step, int threads)
 {
 #pragma omp parallel num_threads(threads)
@@ -237,6 +279,13 @@ static void run(const Step *step, int threads)
             if (step->settings.max_norm) {
                 pass(step, measure, 0, first, last, thread, team);
 #pragma omp barrier
+                int again = 0;   /* the same for every thread */
+                for (int64_t k = first; k < last; k++)
+                    again |= is_corrected_late(step, k, team);
+                if (again) {
+                    pass(step, measure_again, 0, first, last, thread, team);
+#pragma omp barrier
+                }
             }
             pass(step, update, 1, first, last, thread, team);   /* what was measured last is in the cache */
         }
@@ -245,15 +294,16 @@ static void run(const Step *step, int threads)
 
 static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 {
-    Py_buffer sizes, x, m, v, g, g_prev, step_sizes, root_bias2;
-    Settings s;
+    Py_buffer sizes, x, m, v, g, g_prev, norms, steps;
+    double kappa, beta1, beta2, eps, gamma, lr, weight_decay, max_norm;
     int threads;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*z*z*ffffffffdi", &sizes, &x, &m, &v, &g, &g_prev, &step_sizes,
-                          &root_bias2, &s.kappa1, &s.weight1, &s.beta2, &s.weight2, &s.eps, &s.gamma, &s.lr, &s.decay,
-                          &s.max_norm, &threads))
+    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*w*z*ddddddddi", &sizes, &x, &m, &v, &g, &g_prev, &norms, &steps,
+                          &kappa, &beta1, &beta2, &eps, &gamma, &lr, &weight_decay, &max_norm, &threads))
         return NULL;
-    Step step = {sizes.len / (Py_ssize_t)sizeof(int64_t), sizes.buf, x.buf, m.buf, v.buf, g.buf, g_prev.buf,
-                 step_sizes.buf, root_bias2.buf, s, NULL, NULL};
+    Settings s = {(float)(1 + kappa), (float)(1 - beta1), (float)beta2, (float)(1 - beta2), (float)eps, (float)gamma,
+                  (float)lr, (float)(1 - lr * weight_decay), max_norm};
+    Step step = {sizes.len / (Py_ssize_t)sizeof(int64_t), sizes.buf, x.buf, m.buf, v.buf, g.buf, g_prev.buf, steps.buf,
+                 norms.buf, s, beta1, beta2, lr, NULL, NULL};
     int64_t elements = 0;
     for (int64_t k = 0; k < step.count; k++)
         elements += step.sizes[k];
@@ -263,6 +313,8 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
     step.largest = calloc((size_t)(threads * step.count), sizeof *step.largest);
     PyObject *finite = PyList_New((Py_ssize_t)step.count);
     if (step.sums && step.largest && finite) {
+        for (int64_t k = 0; step.steps && k < step.count; k++)
+            *step.steps[k] += 1;
         Py_BEGIN_ALLOW_THREADS
         run(&step, threads);
         Py_END_ALLOW_THREADS
@@ -272,6 +324,7 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
                 if (step.largest[r * step.count + k] > largest)
                     largest = step.largest[r * step.count + k];
             PyList_SET_ITEM(finite, k, PyBool_FromLong(largest < 0x7f800000));
+            ((double *)norms.buf)[k] = s.max_norm ? sqrt(total(&step, k, threads).g) : NAN;
         }
     } else {
         Py_CLEAR(finite);
@@ -279,7 +332,7 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
     }
     free(step.sums);
     free(step.largest);
-    Py_buffer *buffers[] = {&sizes, &x, &m, &v, &g, &g_prev, &step_sizes, &root_bias2};
+    Py_buffer *buffers[] = {&sizes, &x, &m, &v, &g, &g_prev, &norms, &steps};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         PyBuffer_Release(buffers[i]);
     return finite;
@@ -287,9 +340,11 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"step", step_of_a_group, METH_VARARGS,
-     "step(sizes, x, m, v, g, g_prev, step_sizes, root_bias2, kappa1, weight1, beta2, weight2, eps, gamma, lr, decay, "
-     "max_norm, threads): one step of MARS-AdamW (v given) or MARS-Lion on float32 tensors, in place. The first five "
-     "and g_prev are buffers of int64: element counts and addresses. Returns for each tensor whether its c was finite."},
+     "step(sizes, x, m, v, g, g_prev, norms, steps, kappa, beta1, beta2, eps, gamma, lr, weight_decay, max_norm, "
+     "threads): one step of MARS-AdamW (v and steps given) or MARS-Lion on float32 tensors, in place. sizes is a "
+     "buffer of int64, the element counts; x, m, v, g, g_prev and steps are buffers of addresses. norms is a buffer of "
+     "doubles: of g_prev where known, else NaN; it becomes the norms of g, or NaN without a clip. Returns for each "
+     "tensor whether its c was finite."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -7,6 +7,8 @@ missing and steps are composed of torch's kernels, with the same results to roun
 
 from __future__ import annotations
 
+import math
+import weakref
 from array import array
 from typing import Any
 
@@ -21,7 +23,7 @@ try:
 except ImportError:
     _cpu = None
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = {(cls, torch.float32, True, True) for cls in (Tensor, Parameter)}  # on the CPU and contiguous
 
 
 def is_compiled() -> bool:
@@ -46,14 +48,39 @@ def can_step(
         return False
     if group["update"] not in ("adamw", "lion"):
         return False
-    for tensors in (params, grads, previous_grads or grads, *_averages(states, group)):
-        # Loops, since hundreds of them may be small, and generators would take longer than their step.
-        for param, t in zip(params, tensors, strict=True):
-            if t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous() or type(t) not in _PLAIN:
-                return False
-            if t.shape != param.shape:  # a state that was loaded from another model: torch's kernels will say so
-                return False
-    return True
+    lists = [params, grads, previous_grads or grads, *_averages(states, group)]
+    scalars = [state["step"] for state in states] if group["update"] == "adamw" else []
+    # In one expression each: hundreds of tensors may be small, and loops over them take as long as their step.
+    if not {(type(t), t.dtype, t.is_cpu, t.is_contiguous()) for ts in [*lists, scalars] for t in ts} <= _PLAIN:
+        return False
+    # A state of another shape was loaded from another model: torch's kernels will say so.
+    shapes = [param.shape for param in params]
+    return all([t.shape for t in ts] == shapes for ts in lists[2:])
+
+
+class GradNorms:
+    """‖g_{t−1}‖₂, measured when it was g_t, for as long as nothing has written to "last_grad" since.
+
+    With it a step can often tell from ‖g_t‖ alone that c_t is too short to be clipped, without a pass over g_{t−1}.
+    """
+
+    def __init__(self):
+        self._known: dict[Tensor, tuple[weakref.ref, int, float]] = {}
+
+    def of(self, params: list[Tensor], last_grads: list[Tensor] | None) -> array:
+        """NaN where it is not known."""
+        norms = array("d", [math.nan]) * len(params)
+        for i, (param, last_grad) in enumerate(zip(params, last_grads or (), strict=False)):
+            known = self._known.get(param)
+            if known is not None and known[0]() is last_grad and known[1] == last_grad._version:
+                norms[i] = known[2]
+        return norms
+
+    def remember(self, params: list[Tensor], states: list[dict[str, Any]], norms: array) -> None:
+        """``norms`` belong to what is "last_grad" now."""
+        for param, state, norm in zip(params, states, norms, strict=True):
+            last_grad = state["last_grad"]
+            self._known[param] = weakref.ref(last_grad), last_grad._version, norm
 
 
 def step(
@@ -62,48 +89,43 @@ def step(
     states: list[dict[str, Any]],
     previous_grads: list[Tensor] | None,
     group: dict[str, Any],
+    norms: array,
     *,
     gamma: float,
 ) -> list[bool]:
     """c_t, c̃_t, m_t (and v_t), and the update, of all parameters.
 
-    Modifies the parameters and, in their state, "exp_avg" and (AdamW) "exp_avg_sq" and "step".
+    Modifies the parameters and, in their state, "exp_avg" and (AdamW) "exp_avg_sq" and "step"; may overwrite
+    ``previous_grads``.
 
     Args:
         params, grads, previous_grads: float32, contiguous, on the CPU. Gradients are not modified.
         states: as :func:`~hf_mars.optim.adamw.adamw` and :func:`~hf_mars.optim.lion.lion` expect them.
         group: the group's settings.
+        norms: ‖previous_grads‖₂ of each parameter, NaN where unknown; becomes that of ``grads``, NaN without a clip.
         gamma: as :func:`~hf_mars.optim.correction.momentum` expects it.
 
     Returns:
         For each parameter whether c̃_t was finite, as it is only where g_t is.
     """
     beta1, beta2 = group["betas"]
-    lr, is_adamw = float(group["lr"]), group["update"] == "adamw"
     exp_avgs, *exp_avg_sqs = _averages(states, group)
-    step_sizes = root_bias2 = None
-    if is_adamw:
-        torch._foreach_add_([state["step"] for state in states], 1.0)
-        ts = [state["step"].item() for state in states]
-        step_sizes = array("d", [lr / (1 - beta1**t) for t in ts])
-        root_bias2 = array("d", [(1 - beta2**t) ** 0.5 for t in ts])
     finite = _cpu.step(
         array("q", [param.numel() for param in params]),
         _addresses(params),
         _addresses(exp_avgs),
-        _addresses(exp_avg_sqs[0]) if is_adamw else None,
+        _addresses(exp_avg_sqs[0]) if exp_avg_sqs else None,
         _addresses(grads),
         None if previous_grads is None else _addresses(previous_grads),
-        step_sizes,
-        root_bias2,
-        0.0 if previous_grads is None else 1 + scaling(group["gamma"], beta1),
-        1 - beta1,
+        norms,
+        _addresses([state["step"] for state in states]) if exp_avg_sqs else None,
+        scaling(group["gamma"], beta1),
+        beta1,
         beta2,
-        1 - beta2,
         group["eps"],
         gamma,
-        lr,
-        1 - lr * group["weight_decay"],
+        group["lr"],
+        group["weight_decay"],
         group["max_norm"] or 0.0,
         torch.get_num_threads(),
     )

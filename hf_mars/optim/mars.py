@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +48,7 @@ class Batch:
     in_one_pass: bool  # the step is one compiled pass over memory instead of a composition of torch's kernels
     c: list[Tensor] | None = None
     norms: list[Tensor] | list[float] | None = None  # ‖c_t‖₂; numbers where the host may look at them
+    grad_norms: array | None = None  # ‖g_t‖₂, where the compiled step measured it
     finite: list[bool] | None = None  # whether g_t is, where the host knows
 
     @property
@@ -128,10 +130,15 @@ class Mars(Optimizer):
         self._roles = roles or {}
         super().__init__(params, settings)
         del self._roles  # it would keep alive the parameters that an engine replaces
-        self._forget_previous_point()
+        self._start_anew()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """What is known of the last step, beside the state."""
+        self._grad_norms = cpu.GradNorms()
         self._forget_previous_point()
 
     # ---- groups ----
@@ -232,6 +239,8 @@ class Mars(Optimizer):
                 self._update(batch)
                 if batch.keeps_last_grad:
                     _remember(batch)
+                    if batch.in_one_pass:
+                        self._grad_norms.remember(batch.params, batch.states, batch.grad_norms)
         self._forget_previous_point()
         return loss
 
@@ -269,7 +278,11 @@ class Mars(Optimizer):
         # Where g_{t−1} is not kept, the momentum of plain gradients does the correction's work.
         gamma = group["gamma"] if batch.previous_grads is None and not group["exact"] else 0.0
         if batch.in_one_pass:
-            batch.finite = cpu.step(batch.params, batch.grads, batch.states, batch.previous_grads, group, gamma=gamma)
+            last_grads = batch.previous_grads if batch.keeps_last_grad else None
+            batch.grad_norms = self._grad_norms.of(batch.params, last_grads)
+            batch.finite = cpu.step(
+                batch.params, batch.grads, batch.states, batch.previous_grads, group, batch.grad_norms, gamma=gamma
+            )
             return
         if group["max_norm"] is not None:
             c = clipped(c, batch.norms, group["max_norm"], in_place=batch.previous_grads is not None)
