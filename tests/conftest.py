@@ -10,3 +10,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Triton's interpreter cuts float32 off where GPUs round to the nearest bfloat16 (as test_triton.py sees they do).
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    _convert_float = interpreter._convert_float
+
+    def _rounded(values, from_dtype, to_dtype, mode):
+        if (from_dtype, to_dtype) != (tl.float32, tl.bfloat16):
+            return _convert_float(values, from_dtype, to_dtype, mode)
+        return torch.tensor(values).to(torch.bfloat16).view(torch.uint16).numpy()
+
+    interpreter._convert_float = _rounded

@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close, assert_equal, make_gradients, make_params, run_steps, values
 
 from hf_mars.optim import MarsAdamW, MarsLion, cpu
+from hf_mars.optim.last_grad import LastNorms
 
 METHODS = {"mars_adamw": MarsAdamW, "mars_lion": MarsLion}
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
@@ -64,6 +65,7 @@ def test_the_trainer_says_where_it_is_missing(monkeypatch, caplog, tmp_path):
         {"max_norm": 0.3, "gamma": 0.0},
         {"gamma": 0.5, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0},
         {"max_norm": None, "gamma": 0.0},
+        {"betas": (0.0, 0.0)},
     ],
     ids=str,
 )
@@ -123,7 +125,7 @@ def test_knowing_the_last_norm_changes_no_bit(method, threads):
         for gradients in make_gradients(params, 7, scales=(1e-5, 1e-5, 3.0, 3.0, 1e-5)):
             run_steps(optimizer, params, [gradients])
             if forgetful:
-                optimizer._grad_norms = cpu.GradNorms()
+                optimizer._last_norms = LastNorms()
         finals.append(values(params))
     assert_equal(*finals)
 

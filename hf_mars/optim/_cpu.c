@@ -33,7 +33,7 @@ enum { BLOCK = 1 << 15 };       /* elements at a time on the way back through th
 enum { ALONE = 1 << 15 };       /* elements below which one thread is faster than several */
 
 typedef struct {
-    float kappa1;               /* 1 + κ */
+    float kappa;
     float weight1, beta2, weight2;   /* 1 − β1; β2; 1 − β2, which float32 could not tell from a rounded β */
     float eps, gamma;
     float lr, decay;            /* η; 1 − ηλ */
@@ -46,8 +46,8 @@ typedef struct {
     float step_size, inverse_root_bias2;         /* η/(1−β1^t), 1/√(1−β2^t) */
 } Pointers;
 
-/* c_t = g_prev + (1+κ)(g_t − g_prev) */
-#define C(i) (g_prev[i] + kappa1 * (g[i] - g_prev[i]))
+/* c_t = g_t + κ (g_t − g_prev) */
+#define C(i) (g[i] + kappa * (g[i] - g_prev[i]))
 
 typedef struct {
     double c, g;                /* Σ c², Σ g²; of one thread's part of a tensor */
@@ -55,7 +55,7 @@ typedef struct {
 
 /* c_t takes g_prev's place. */
 FOR_EACH_PROCESSOR
-static Squares correct(const float *restrict g, float *restrict g_prev, int64_t n, float kappa1)
+static Squares correct(const float *restrict g, float *restrict g_prev, int64_t n, float kappa)
 {
     Squares sum = {0, 0};
     for (int64_t start = 0; start < n; start += RUN) {
@@ -109,6 +109,12 @@ static inline int32_t magnitude(float c)
     return bits & 0x7fffffff;
 }
 
+/* From the nearer end, as torch.lerp does it. */
+static inline float lerp(float start, float end, float weight)
+{
+    return weight < 0.5f ? start + weight * (end - start) : end - (1 - weight) * (end - start);
+}
+
 /* m = β1 m + (1−β1) c̃;  v = β2 v + (1−β2) c̃²;  x = (1−ηλ) x − η/(1−β1^t) m / (√v/√(1−β2^t) + ε)
  * Returns the largest magnitude of c̃. */
 FOR_EACH_PROCESSOR
@@ -116,11 +122,11 @@ static int32_t adamw(Pointers at, int64_t n, Settings s, float scale)
 {
     float *restrict x = at.x, *restrict m = at.m, *restrict v = at.v;
     const float *restrict g = at.g, *restrict g_prev = at.g_prev;
-    const float kappa1 = s.kappa1;
+    const float kappa = s.kappa;
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
         float c = scale * C(i);
-        float m_i = m[i] + s.weight1 * (c - m[i]);
+        float m_i = lerp(m[i], c, s.weight1);
         float v_i = s.beta2 * v[i] + s.weight2 * c * c;
         m[i] = m_i;
         v[i] = v_i;
@@ -143,13 +149,13 @@ static int32_t lion(Pointers at, int64_t n, Settings s, float scale)
 {
     float *restrict x = at.x, *restrict e = at.m;
     const float *restrict g = at.g, *restrict g_prev = at.g_prev;
-    const float kappa1 = s.kappa1;
+    const float kappa = s.kappa;
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
         float c = scale * C(i);
-        float e_i = e[i] + s.weight1 * (c - e[i]);
+        float e_i = lerp(e[i], c, s.weight1);
         e[i] = e_i;
-        x[i] = s.decay * x[i] - s.lr * sign(s.gamma ? e_i + s.gamma * (c - e_i) : e_i);
+        x[i] = s.decay * x[i] - s.lr * sign(s.gamma ? lerp(e_i, c, s.gamma) : e_i);
         largest = magnitude(c) > largest ? magnitude(c) : largest;
     }
     return largest;
@@ -181,8 +187,8 @@ static Squares total(const Step *step, int64_t k, int threads)
  * needs to be measured. False where a norm is not known. */
 static int is_short(const Step *step, int64_t k, double norm_of_g)
 {
-    double kappa1 = step->settings.kappa1;
-    return kappa1 * norm_of_g + (kappa1 - 1) * step->prev_norms[k] < 0.999 * step->settings.max_norm;
+    double kappa = step->settings.kappa;
+    return (1 + kappa) * norm_of_g + kappa * step->prev_norms[k] < 0.999 * step->settings.max_norm;
 }
 
 /* Whether c_t itself is measured, and then takes g_prev's place: where the bound will not do, to judge by g_prev. */
@@ -201,7 +207,7 @@ static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int t
     (void)threads;
     Squares *sum = &step->sums[thread * step->count + k];
     if (is_corrected_first(step, k)) {
-        Squares more = correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa1);
+        Squares more = correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa);
         sum->c += more.c;
         sum->g += more.g;
     } else {
@@ -213,7 +219,7 @@ static void measure_again(const Step *step, int64_t k, int64_t from, int64_t to,
 {
     if (is_corrected_late(step, k, threads))
         step->sums[thread * step->count + k].c +=
-            correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa1).c;
+            correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa).c;
 }
 
 static void update(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
@@ -300,7 +306,7 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*w*z*ddddddddi", &sizes, &x, &m, &v, &g, &g_prev, &norms, &steps,
                           &kappa, &beta1, &beta2, &eps, &gamma, &lr, &weight_decay, &max_norm, &threads))
         return NULL;
-    Settings s = {(float)(1 + kappa), (float)(1 - beta1), (float)beta2, (float)(1 - beta2), (float)eps, (float)gamma,
+    Settings s = {(float)kappa, (float)(1 - beta1), (float)beta2, (float)(1 - beta2), (float)eps, (float)gamma,
                   (float)lr, (float)(1 - lr * weight_decay), max_norm};
     Step step = {sizes.len / (Py_ssize_t)sizeof(int64_t), sizes.buf, x.buf, m.buf, v.buf, g.buf, g_prev.buf, steps.buf,
                  norms.buf, s, beta1, beta2, lr, NULL, NULL};

@@ -8,7 +8,6 @@ missing and steps are composed of torch's kernels, with the same results to roun
 from __future__ import annotations
 
 import math
-import weakref
 from array import array
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .correction import scaling
+from .last_grad import LastNorms, remember
 
 try:
     from . import _cpu
@@ -58,58 +58,33 @@ def can_step(
     return all([t.shape for t in ts] == shapes for ts in lists[2:])
 
 
-class GradNorms:
-    """‖g_{t−1}‖₂, measured when it was g_t, for as long as nothing has written to "last_grad" since.
-
-    With it a step can often tell from ‖g_t‖ alone that c_t is too short to be clipped, without a pass over g_{t−1}.
-    """
-
-    def __init__(self):
-        self._known: dict[Tensor, tuple[weakref.ref, int, float]] = {}
-
-    def of(self, params: list[Tensor], last_grads: list[Tensor] | None) -> array:
-        """NaN where it is not known."""
-        norms = array("d", [math.nan]) * len(params)
-        for i, (param, last_grad) in enumerate(zip(params, last_grads or (), strict=False)):
-            known = self._known.get(param)
-            if known is not None and known[0]() is last_grad and known[1] == last_grad._version:
-                norms[i] = known[2]
-        return norms
-
-    def remember(self, params: list[Tensor], states: list[dict[str, Any]], norms: array) -> None:
-        """``norms`` belong to what is "last_grad" now."""
-        for param, state, norm in zip(params, states, norms, strict=True):
-            last_grad = state["last_grad"]
-            self._known[param] = weakref.ref(last_grad), last_grad._version, norm
-
-
 def step(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[dict[str, Any]],
     previous_grads: list[Tensor] | None,
     group: dict[str, Any],
-    norms: array,
+    last_norms: LastNorms,
     *,
     gamma: float,
-) -> list[bool]:
-    """c_t, c̃_t, m_t (and v_t), and the update, of all parameters.
+    keeps_last_grad: bool,
+) -> None:
+    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, of all parameters.
 
-    Modifies the parameters and, in their state, "exp_avg" and (AdamW) "exp_avg_sq" and "step"; may overwrite
-    ``previous_grads``.
+    Modifies the parameters and their states; may overwrite ``previous_grads``.
 
     Args:
         params, grads, previous_grads: float32, contiguous, on the CPU. Gradients are not modified.
         states: as :func:`~hf_mars.optim.adamw.adamw` and :func:`~hf_mars.optim.lion.lion` expect them.
         group: the group's settings.
-        norms: ‖previous_grads‖₂ of each parameter, NaN where unknown; becomes that of ``grads``, NaN without a clip.
+        last_norms: what is known of ‖g_{t−1}‖₂; brought up to date.
         gamma: as :func:`~hf_mars.optim.correction.momentum` expects it.
-
-    Returns:
-        For each parameter whether c̃_t was finite, as it is only where g_t is.
+        keeps_last_grad: whether ``previous_grads`` are g_{t−1}, which g_t replaces.
     """
     beta1, beta2 = group["betas"]
     exp_avgs, *exp_avg_sqs = _averages(states, group)
+    known = last_norms.of(params, previous_grads) if keeps_last_grad else [None] * len(params)
+    norms = array("d", [math.nan if norm is None else norm for norm in known])
     finite = _cpu.step(
         array("q", [param.numel() for param in params]),
         _addresses(params),
@@ -130,7 +105,11 @@ def step(
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
-    return finite
+    if keeps_last_grad:
+        kept = remember(previous_grads, grads, finite)
+        for state, last_grad in zip(states, kept, strict=True):
+            state["last_grad"] = last_grad
+        last_norms.remember(params, kept, norms)
 
 
 def _averages(states: list[dict[str, Any]], group: dict[str, Any]) -> list[list[Tensor]]:

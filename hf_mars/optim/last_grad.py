@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,3 +75,28 @@ def _owners_of_a_fresh_gradient() -> tuple[int, int] | None:
 
 
 _OWNERS_OF_A_FRESH_GRADIENT = _owners_of_a_fresh_gradient()
+
+
+class LastNorms:
+    """‖g_{t−1}‖₂, measured when it was g_t, for as long as nothing has written to "last_grad" since.
+
+    With it a step can often tell from ‖g_t‖ alone that c_t is too short to be clipped, without a pass over g_{t−1}.
+    What a norm is, a number or a place in a tensor, is the caller's affair.
+    """
+
+    def __init__(self):
+        self._known: dict[Tensor, tuple[weakref.ref, int, Any]] = {}
+
+    def of(self, params: list[Tensor], last_grads: list[Tensor]) -> list[Any]:
+        """None where it is not known."""
+        norms = [None] * len(params)
+        for i, (param, last_grad) in enumerate(zip(params, last_grads, strict=True)):
+            known = self._known.get(param)
+            if known is not None and known[0]() is last_grad and known[1] == last_grad._version:
+                norms[i] = known[2]
+        return norms
+
+    def remember(self, params: list[Tensor], last_grads: list[Tensor], norms: list[Any]) -> None:
+        """``norms`` belong to ``last_grads``; None where unknown."""
+        for param, last_grad, norm in zip(params, last_grads, norms, strict=True):
+            self._known[param] = weakref.ref(last_grad), last_grad._version, norm

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from . import cpu
+from . import cpu, gpu
 from .adamw import adamw
 from .correction import clipped, corrected_gradient, initial_average, reads_are_free, scaling
 from .exact import at_previous_point
 from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
 from .hyperparameters import check_hyperparameters, dtype_name, dtype_of
-from .last_grad import remember
+from .last_grad import LastNorms, remember
 from .lion import lion
 from .precision import AVERAGES, needs_compensation, needs_wide_copies, widened
 from .shampoo import shampoo
@@ -45,10 +45,9 @@ class Batch:
     grads: list[Tensor]
     states: list[dict[str, Any]]
     previous_grads: list[Tensor] | None  # what κ's bracket subtracts; None: κ = 0, or the one-tensor form
-    in_one_pass: bool  # the step is one compiled pass over memory instead of a composition of torch's kernels
+    kernels: ModuleType | None  # cpu or gpu: the step in few passes over memory; None: composed of torch's kernels
     c: list[Tensor] | None = None
     norms: list[Tensor] | list[float] | None = None  # ‖c_t‖₂; numbers where the host may look at them
-    grad_norms: array | None = None  # ‖g_t‖₂, where the compiled step measured it
     finite: list[bool] | None = None  # whether g_t is, where the host knows
 
     @property
@@ -61,6 +60,8 @@ class Batch:
 
     @property
     def takes_copies(self) -> bool:
+        if self.kernels is not None:
+            return False
         if not self.keeps_last_grad:
             return self.takes_wide_copies
         pairs = zip(self.previous_grads, self.grads, strict=True)
@@ -138,7 +139,7 @@ class Mars(Optimizer):
 
     def _start_anew(self) -> None:
         """What is known of the last step, beside the state."""
-        self._grad_norms = cpu.GradNorms()
+        self._last_norms = LastNorms()
         self._forget_previous_point()
 
     # ---- groups ----
@@ -231,16 +232,14 @@ class Mars(Optimizer):
             if group["exact"]:
                 self._remember_point(group)
         for batches in rounds:
-            composed = [batch for batch in batches if not batch.in_one_pass]
+            composed = [batch for batch in batches if batch.kernels is None]
             for batch in composed:
                 batch.c = corrected_gradient(batch.grads, batch.previous_grads, kappa=_kappa(batch.group))
             _measure(composed)
             for batch in batches:
                 self._update(batch)
-                if batch.keeps_last_grad:
+                if batch.keeps_last_grad and batch.kernels is None:
                     _remember(batch)
-                    if batch.in_one_pass:
-                        self._grad_norms.remember(batch.params, batch.states, batch.grad_norms)
         self._forget_previous_point()
         return loss
 
@@ -249,13 +248,12 @@ class Mars(Optimizer):
         batches that take temporary copies one piece after the other."""
         together, apart = [], []
         for group in self.param_groups:
-            batch = self._collect(group)
-            if batch.params:
+            for params in _alike([param for param in group["params"] if param.grad is not None]):
+                batch = self._collect(group, params)
                 (apart if batch.takes_copies else together).append(batch)
         return [together, *([piece] for batch in apart for piece in batch.pieces(COPIED_AT_A_TIME))]
 
-    def _collect(self, group: dict[str, Any]) -> Batch:
-        params = [param for param in group["params"] if param.grad is not None]
+    def _collect(self, group: dict[str, Any], params: list[Tensor]) -> Batch:
         one_tensor = self._one_tensor_form(group)
         for param in params:
             if param.grad.is_sparse:
@@ -270,19 +268,17 @@ class Mars(Optimizer):
             previous_grads = self._take_previous_grads(params, grads)
         else:
             previous_grads = [local(state["last_grad"]) for state in states]
-        in_one_pass = cpu.can_step(params, grads, states, previous_grads, group)
-        return Batch(group, params, grads, states, previous_grads, in_one_pass)
+        able = (kernels for kernels in (gpu, cpu) if kernels.can_step(params, grads, states, previous_grads, group))
+        return Batch(group, params, grads, states, previous_grads, next(able, None))
 
     def _update(self, batch: Batch) -> None:
         group, c = batch.group, batch.c
         # Where g_{t−1} is not kept, the momentum of plain gradients does the correction's work.
         gamma = group["gamma"] if batch.previous_grads is None and not group["exact"] else 0.0
-        if batch.in_one_pass:
-            last_grads = batch.previous_grads if batch.keeps_last_grad else None
-            batch.grad_norms = self._grad_norms.of(batch.params, last_grads)
-            batch.finite = cpu.step(
-                batch.params, batch.grads, batch.states, batch.previous_grads, group, batch.grad_norms, gamma=gamma
-            )
+        if batch.kernels is not None:
+            operands = (batch.params, batch.grads, batch.states, batch.previous_grads)
+            keeps = batch.keeps_last_grad
+            batch.kernels.step(*operands, group, self._last_norms, gamma=gamma, keeps_last_grad=keeps)
             return
         if group["max_norm"] is not None:
             c = clipped(c, batch.norms, group["max_norm"], in_place=batch.previous_grads is not None)
@@ -629,6 +625,14 @@ def _state_dtype(key: str, param: Tensor, group: dict[str, Any]) -> torch.dtype:
     """The dtype that ``group`` wants a state of ``param`` in."""
     setting = {"last_grad": "last_grad_dtype", "exp_avg": "state_dtype", "exp_avg_sq": "state_dtype"}.get(key)
     return (setting and dtype_of(group[setting])) or param.dtype
+
+
+def _alike(params: list[Tensor]) -> list[list[Tensor]]:
+    """Lists of parameters of one dtype on one device: mostly one."""
+    lists: dict[tuple, list[Tensor]] = {}
+    for param in params:
+        lists.setdefault((param.dtype, param.device), []).append(param)
+    return list(lists.values())
 
 
 def _measure(batches: list[Batch]) -> None:
