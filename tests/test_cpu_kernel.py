@@ -1,6 +1,7 @@
 """The compiled step (optim/_cpu.c) gives what torch's kernels, composed, give."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_short_gradients_are_corrected_without_a_pass_of_their_own(method):
     assert overwritten == [False, False, True, True, True, False]
 
 
-@pytest.mark.parametrize("how", ["in place", "another tensor", "state_dict"])
+@pytest.mark.parametrize("how", ["in place", "another tensor", "other memory", "state_dict"])
 @EVERY_METHOD
 def test_a_last_grad_that_was_changed_is_measured(method, how, monkeypatch):
     finals = []
@@ -160,6 +161,8 @@ def test_a_last_grad_that_was_changed_is_measured(method, how, monkeypatch):
             state["last_grad"].mul_(1e8)
         elif how == "another tensor":
             state["last_grad"] = state["last_grad"] * 1e8
+        elif how == "other memory":
+            state["last_grad"].data = state["last_grad"] * 1e8
         else:
             saved = optimizer.state_dict()
             saved["state"][0] = {**saved["state"][0], "last_grad": state["last_grad"] * 1e8}
@@ -168,6 +171,21 @@ def test_a_last_grad_that_was_changed_is_measured(method, how, monkeypatch):
         finals.append([*values(params), optimizer.state[param]["exp_avg"]])
         assert finals[-1][1].norm() == pytest.approx(0.05, rel=1e-2)  # (1 − β1) max_norm: it was clipped
     assert_close(*finals, 1e-5)
+
+
+def test_norms_are_known_once_and_keep_nothing_alive():
+    norms, last_grads = LastNorms(), [torch.ones(3), torch.ones(2)]
+    norms.remember(last_grads, [1.0, 2.0])
+    assert norms.take(last_grads) == [1.0, 2.0]
+    assert norms.take(last_grads) == [None, None]
+    norms.remember(last_grads, [1.0, 2.0])
+    watched = weakref.ref(last_grads[0])
+    del last_grads[0]
+    assert watched() is None
+    norms.distrust()  # where a captured graph writes to them
+    assert norms.take(last_grads) == [None]
+    norms.remember(last_grads, [1.0])
+    assert norms.take(last_grads) == [None]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

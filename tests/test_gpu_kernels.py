@@ -161,7 +161,7 @@ def test_knowing_the_last_norm_changes_no_bit(method, monkeypatch):
     assert_equal(*finals)
 
 
-@pytest.mark.parametrize("how", ["in place", "another tensor"])
+@pytest.mark.parametrize("how", ["in place", "another tensor", "other memory"])
 @EVERY_METHOD
 def test_a_last_grad_that_was_changed_is_measured(method, how):
     (param,) = params = params_of([(40, 60)])
@@ -171,10 +171,42 @@ def test_a_last_grad_that_was_changed_is_measured(method, how):
     state = optimizer.state[param]
     if how == "in place":
         state["last_grad"].mul_(1e8)
-    else:
+    elif how == "another tensor":
         state["last_grad"] = state["last_grad"] * 1e8
+    else:
+        state["last_grad"].data = state["last_grad"] * 1e8
     run_steps(optimizer, params, gradients[1:])
     assert state["exp_avg"].norm().item() == pytest.approx(0.05, rel=1e-2)  # (1 − β1) max_norm: it was clipped
+
+
+@EVERY_METHOD
+def test_rounding_of_the_last_grad_cannot_hide_a_clip(method):
+    """‖g_{t−1}‖ is measured before g_{t−1} is rounded to bfloat16, which lengthens this one as much as can be."""
+    (param,) = params_of([(64, 64)])
+    optimizer = METHODS[method]([param], gamma=0.75, last_grad_dtype="bfloat16")
+    kappa = 0.75 * 0.95 / 0.05
+    first = torch.full_like(param, (1 + 2**-8 + 2**-16) / 2**11)
+    length = first.norm().item()
+    second = -first * (0.9985 - kappa * length) / (1 + kappa) / length  # (1+κ)‖g‖ + κ‖g_prev‖ = 0.9985
+    momenta = []
+    for gradient in (first, second):
+        param.grad = gradient.clone()
+        optimizer.step()
+        momenta.append(optimizer.state[param]["exp_avg"].double())
+    c = (momenta[1] - 0.95 * momenta[0]) / 0.05
+    assert 0.99 < c.norm().item() < 1 + 1e-5
+
+
+def test_an_infinite_momentum_has_a_sign():
+    results = []
+    for composed in ({}, {"foreach": True}):
+        (param,) = params_of([(3, 2)])
+        optimizer = MarsLion([param], lr=0.01, gamma=0.0, max_norm=None, **composed)
+        for value in (1.0, math.inf, 1.0):
+            param.grad = torch.full_like(param, value)
+            optimizer.step()
+        results.append(param.detach().clone())
+    assert_equal(*[[result] for result in results])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -244,6 +276,18 @@ def test_what_they_do_not_take_is_composed(make, calls):
     param.grad = torch.ones_like(param)
     optimizer.step()
     assert not calls and optimizer.state[param]["exp_avg"].count_nonzero() == 12
+
+
+def test_a_compensation_of_another_dtype_is_composed(calls):
+    """As after ``param.data = param.data.half()``: two bytes each, but other bits."""
+    (param,) = params_of([(4, 3)], torch.bfloat16)
+    optimizer = MarsAdamW([param], lr=1e-3)
+    run_steps(optimizer, [param], gradients_for([param], 1))
+    before = param.detach().double()
+    param.data = param.data.half()
+    param.grad = None
+    run_steps(optimizer, [param], gradients_for([param], 1))
+    assert len(calls) == 1 and (param.double() - before).abs().max() < 0.01
 
 
 def test_without_triton_steps_are_composed_and_a_warning_says_so(calls, monkeypatch):

@@ -37,14 +37,7 @@ def test_through_the_interpreter(file, chosen):
 
 
 TARGETS = {"Turing": 75, "Ampere": 80, "Hopper": 90}
-TABLES = {
-    "table": "*i64",
-    "numbers": "*fp64",
-    "sizes": "*i64",
-    "first_blocks": "*i64",
-    "tensor_of_block": "*i32",
-    "n": "i32",
-}
+TABLES = {"table": "*i64", "numbers": "*fp64", "tensor_of_block": "*i64", "stride": "i32"}
 
 
 def compiled(kernel, target, arguments, constants):
@@ -77,12 +70,11 @@ def test_compiles_for_gpus(target, dtype):
         arguments = {**TABLES, **floats("prev_norms"), **sums}
         assert "cubin" in compiled(kernels.measure, target, arguments, {**read, "AGAIN": again})
     small = {"WIDE": tl.float32, "REDUCED": gpu.REDUCED}
-    tables = {key: TABLES[key] for key in ("numbers", "first_blocks")}
+    tables = {key: TABLES[key] for key in ("table", "numbers", "stride")}
     arguments = {**tables, **floats("prev_norms"), "knowledge": "*i32", **floats("sums_of_g", "norms_of_g")}
     assert "cubin" in compiled(kernels.judge, target, arguments, small)
     results = floats("scales", "step_sizes", "inverse_root_bias2")
     flags = {**small, "CORRECTED": True, "CLIPS": True, "IS_ADAMW": True}
-    tables = {key: TABLES[key] for key in ("table", "numbers", "first_blocks", "n")}
     assert "cubin" in compiled(kernels.prepare, target, {**tables, **sums, **results}, flags)
     for is_adamw in (True, False):
         compensated = dtype == tl.bfloat16

@@ -3,7 +3,8 @@
  *
  * torch has no kernel for it. Composed of torch's, MARS-AdamW moves 10 words a parameter through memory without the
  * clip and 11 with it. Here it is 8 without, since c_t is never stored, and 9 with the clip, less where g_t stays in the
- * cache between its norm and its update; 10 where the bound in is_short() will not do and c_t must be measured itself.
+ * cache between its norm and its update; 10 where g_prev's norm says beforehand that the bound in is_short() will not do
+ * and c_t must be measured itself, 11 where that comes as a surprise.
  *
  * cpu.py is the only caller; it checks shapes, dtypes and layout. The equations are those of correction.py, adamw.py
  * and lion.py, and tests/test_cpu_kernel.py holds the two against each other.
@@ -173,22 +174,28 @@ typedef struct {
     int32_t *largest;                            /* of each tensor, thread by thread */
 } Step;
 
-static Squares total(const Step *step, int64_t k, int threads)
+static double norm_of_g(const Step *step, int64_t k, int threads)
 {
-    Squares sum = {0, 0};
-    for (int r = 0; r < threads; r++) {
-        sum.c += step->sums[r * step->count + k].c;
-        sum.g += step->sums[r * step->count + k].g;
-    }
-    return sum;
+    double sum = 0;
+    for (int r = 0; r < threads; r++)
+        sum += step->sums[r * step->count + k].g;
+    return sqrt(sum);
+}
+
+static double norm_of_c(const Step *step, int64_t k, int threads)
+{
+    double sum = 0;
+    for (int r = 0; r < threads; r++)
+        sum += step->sums[r * step->count + k].c;
+    return sqrt(sum);
 }
 
 /* ‖c‖ ≤ (1+κ)‖g‖ + κ‖g_prev‖: where that is below max_norm with room for rounding, nothing is clipped, and only g
  * needs to be measured. False where a norm is not known. */
-static int is_short(const Step *step, int64_t k, double norm_of_g)
+static int is_short(const Step *step, int64_t k, double length_of_g)
 {
     double kappa = step->settings.kappa;
-    return (1 + kappa) * norm_of_g + kappa * step->prev_norms[k] < 0.999 * step->settings.max_norm;
+    return (1 + kappa) * length_of_g + kappa * step->prev_norms[k] < 0.999 * step->settings.max_norm;
 }
 
 /* Whether c_t itself is measured, and then takes g_prev's place: where the bound will not do, to judge by g_prev. */
@@ -199,7 +206,7 @@ static int is_corrected_first(const Step *step, int64_t k)
 
 static int is_corrected_late(const Step *step, int64_t k, int threads)
 {
-    return step->g_prev && !is_corrected_first(step, k) && !is_short(step, k, sqrt(total(step, k, threads).g));
+    return step->g_prev && !is_corrected_first(step, k) && !is_short(step, k, norm_of_g(step, k, threads));
 }
 
 static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
@@ -232,7 +239,7 @@ static void update(const Step *step, int64_t k, int64_t from, int64_t to, int th
         if (is_corrected)
             g = g_prev;         /* c_t is in g_prev's place */
         if (is_corrected || !step->g_prev) {
-            double length = sqrt(is_corrected ? total(step, k, threads).c : total(step, k, threads).g);
+            double length = is_corrected ? norm_of_c(step, k, threads) : norm_of_g(step, k, threads);
             scale = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
         }
     }
@@ -330,7 +337,7 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
                 if (step.largest[r * step.count + k] > largest)
                     largest = step.largest[r * step.count + k];
             PyList_SET_ITEM(finite, k, PyBool_FromLong(largest < 0x7f800000));
-            ((double *)norms.buf)[k] = s.max_norm ? sqrt(total(&step, k, threads).g) : NAN;
+            ((double *)norms.buf)[k] = s.max_norm ? norm_of_g(&step, k, threads) : NAN;
         }
     } else {
         Py_CLEAR(finite);

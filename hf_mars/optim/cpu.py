@@ -83,7 +83,7 @@ def step(
     """
     beta1, beta2 = group["betas"]
     exp_avgs, *exp_avg_sqs = _averages(states, group)
-    known = last_norms.of(params, previous_grads) if keeps_last_grad else [None] * len(params)
+    known = last_norms.take(previous_grads) if keeps_last_grad else [None] * len(params)
     norms = array("d", [math.nan if norm is None else norm for norm in known])
     finite = _cpu.step(
         array("q", [param.numel() for param in params]),
@@ -109,7 +109,7 @@ def step(
         kept = remember(previous_grads, grads, finite)
         for state, last_grad in zip(states, kept, strict=True):
             state["last_grad"] = last_grad
-        last_norms.remember(params, kept, norms)
+        last_norms.remember(kept, norms)
 
 
 def _averages(states: list[dict[str, Any]], group: dict[str, Any]) -> list[list[Tensor]]:

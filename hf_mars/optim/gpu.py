@@ -49,14 +49,13 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     try:
         from . import triton_kernels  # here, since importing Triton takes time, and CPUs do not need it
 
-        numbers, blocks = (torch.zeros(8, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
-        knowledge, *floats = torch.zeros(1, dtype=torch.int32, device=device), *torch.zeros(3, 1, device=device)
-        with torch.cuda.device_of(numbers):  # the smallest of them, for one tensor without elements
-            triton_kernels.judge[(1,)](
-                *(numbers, blocks, floats[0], knowledge, floats[1], floats[2]),
-                WIDE=_triton_dtype(torch.float32),
-                REDUCED=REDUCED,
-            )
+        x, g, g_prev, m, v, t = torch.zeros(6, 4, device=device)
+        state = {"exp_avg": m, "exp_avg_sq": v, "step": t[0]}
+        group = {"update": "adamw", "lr": 0.0, "betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0}
+        group.update(gamma=0.1, max_norm=1.0, kahan_sum=None)
+        _launch(triton_kernels, [x], [g], [state], [g_prev], group, LastNorms(), gamma=0.0, keeps_last_grad=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no Triton, no C compiler for its launchers, a GPU that it does not support, …
         warnings.warn(
             f"hf_mars's Triton kernels do not run on {device} ({type(error).__name__}: {error}): steps there are "
@@ -74,8 +73,8 @@ def can_step(
     previous_grads: list[Tensor] | None,
     group: dict[str, Any],
 ) -> bool:
-    """Whether :func:`step` can take a group's step: plain, contiguous, aligned tensors on GPUs, and the choice of
-    kernels ours.
+    """Whether :func:`step` can take a group's step: plain, contiguous, aligned tensors on one GPU, parameters of one
+    dtype, and the choice of kernels ours.
 
     Groups that get AdamW as it is are torch's, unless its kernels would need temporary copies.
     """
@@ -87,10 +86,11 @@ def can_step(
     if group["update"] not in ("adamw", "lion") or isinstance(group["lr"], Tensor):
         return False
     is_plain_adamw = group["update"] == "adamw" and previous_grads is None and group["max_norm"] is None
-    if is_plain_adamw and not any(needs_wide_copies(param.dtype, group) for param in params):
+    if is_plain_adamw and not needs_wide_copies(params[0].dtype, group):
         return False
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False  # replayed, a graph would look for its table of addresses where others' values are by then
+    with torch.cuda.device_of(params[0]):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # replayed, a graph would look for its table of addresses where others' values are by then
     rows = _rows(params, grads, states, previous_grads, group)
     steps = rows.pop("STEP", [])
     if any((t.device, t.dtype) != (device, torch.float32) for t in steps):
@@ -103,6 +103,8 @@ def can_step(
             return False
         if [(t.shape, t.device) for t in row] != places:  # loaded from another model: torch's kernels will say so
             return False
+    if rows.get("COMPENSATION", params)[0].dtype != params[0].dtype:
+        return False
     return kernels_for(device) is not None
 
 
@@ -129,46 +131,43 @@ def step(
         gamma: as :func:`~hf_mars.optim.correction.momentum` expects it.
         keeps_last_grad: whether ``previous_grads`` are g_{t−1}, which g_t replaces, non-finite entries as zeros.
     """
+    kernels = kernels_for(params[0].device)
+    keeps = keeps_last_grad
+    _launch(kernels, params, grads, states, previous_grads, group, last_norms, gamma=gamma, keeps_last_grad=keeps)
+
+
+def _launch(
+    kernels, params, grads, states, previous_grads, group, last_norms, *, gamma: float, keeps_last_grad: bool
+) -> None:
     rows = _rows(params, grads, states, previous_grads, group)
     device, n, wide = params[0].device, len(params), torch.promote_types(params[0].dtype, torch.float32)
     is_corrected, clips, is_adamw = previous_grads is not None, group["max_norm"] is not None, "V" in rows
-    table, numbers = _to_device(rows, group, gamma, device)
-    sizes, first_blocks, tensor_of_block = _blocks(tuple([param.numel() for param in params]), device)
-    blocks = len(tensor_of_block)
-    sums_of_g, sums_of_c = torch.empty(2, blocks, dtype=wide, device=device)
-    norms_of_g, scales, step_sizes, inverse_root_bias2 = torch.empty(4, n, dtype=wide, device=device)
-    knowledge = torch.empty(n, dtype=torch.int32, device=device)
     types = {f"{name}_DTYPE": _triton_dtype(row[0].dtype) for name, row in rows.items()}
-    read = {"G_DTYPE": types["G_DTYPE"], "PREV_DTYPE": types.setdefault("PREV_DTYPE", types["G_DTYPE"])}
+    read = {"G_DTYPE": types["G_DTYPE"], "PREV_DTYPE": types.get("PREV_DTYPE", types["G_DTYPE"])}
     flags = {"WIDE": _triton_dtype(wide), "CORRECTED": is_corrected}
-    kernels = kernels_for(device)
     with torch.cuda.device_of(params[0]):
+        table, numbers, tensor_of_block, stride = _to_device(rows, group, gamma, device)
+        where, blocks = (table, numbers, tensor_of_block, stride), len(tensor_of_block)
+        sums_of_g, sums_of_c = [torch.empty(blocks, dtype=wide, device=device) for _ in range(2)]
+        norms_of_g, *results = [torch.empty(n, dtype=wide, device=device) for _ in range(4)]
+        knowledge = torch.empty(n, dtype=torch.int32, device=device)
+        known = _known_norms(last_norms.take(previous_grads)) if keeps_last_grad else None
         if clips and blocks:
-            known = _known_norms(last_norms.of(params, previous_grads)) if keeps_last_grad else None
-            if known is None:
-                known = torch.full_like(norms_of_g, torch.nan)
-            measured = (
-                table,
-                numbers,
-                sizes,
-                first_blocks,
-                tensor_of_block,
-                n,
-                known,
-                knowledge,
-                sums_of_g,
-                sums_of_c,
-            )
-            kernels.measure[(blocks,)](*measured, AGAIN=False, BLOCK=BLOCK, num_warps=WARPS, **read, **flags)
+            known = torch.full_like(norms_of_g, torch.nan) if known is None else known
+            measured = (known, knowledge, sums_of_g, sums_of_c)
+            kernels.measure[(blocks,)](*where, *measured, AGAIN=False, BLOCK=BLOCK, num_warps=WARPS, **read, **flags)
             if is_corrected:
                 kernels.judge[(n,)](
-                    numbers, first_blocks, known, knowledge, sums_of_g, norms_of_g, WIDE=flags["WIDE"], REDUCED=REDUCED
+                    *(table, numbers, stride, known, knowledge, sums_of_g, norms_of_g),
+                    WIDE=flags["WIDE"],
+                    REDUCED=REDUCED,
                 )
-                kernels.measure[(blocks,)](*measured, AGAIN=True, BLOCK=BLOCK, num_warps=WARPS, **read, **flags)
+                kernels.measure[(blocks,)](
+                    *where, *measured, AGAIN=True, BLOCK=BLOCK, num_warps=WARPS, **read, **flags
+                )
         if clips or is_adamw:
             kernels.prepare[(n,)](
-                *(table, numbers, first_blocks, n, knowledge, sums_of_g, sums_of_c),
-                *(scales, step_sizes, inverse_root_bias2),
+                *(table, numbers, stride, knowledge, sums_of_g, sums_of_c, *results),
                 CLIPS=clips,
                 IS_ADAMW=is_adamw,
                 REDUCED=REDUCED,
@@ -176,7 +175,7 @@ def step(
             )
         if blocks:
             kernels.update[(blocks,)](
-                *(table, numbers, sizes, first_blocks, tensor_of_block, n, scales, step_sizes, inverse_root_bias2),
+                *(*where, *results),
                 X_DTYPE=types["X_DTYPE"],
                 M_DTYPE=types["M_DTYPE"],
                 V_DTYPE=types.get("V_DTYPE", types["M_DTYPE"]),
@@ -189,11 +188,10 @@ def step(
                 **read,
                 **flags,
             )
-    torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
-    if keeps_last_grad:
-        # Where there was no clip, or nothing to measure, norms_of_g was not written.
-        norms = [(norms_of_g, i) if clips and blocks else None for i in range(n)]
-        last_norms.remember(params, previous_grads, norms)
+    changed = [*params, *previous_grads] if keeps_last_grad else params
+    torch.autograd.graph.increment_version(changed)  # behind autograd's back
+    if keeps_last_grad and clips and blocks:
+        last_norms.remember(previous_grads, [(norms_of_g, i) for i in range(n)])
 
 
 def _rows(params, grads, states, previous_grads, group) -> dict[str, list[Tensor]]:
@@ -210,39 +208,39 @@ def _rows(params, grads, states, previous_grads, group) -> dict[str, list[Tensor
 
 
 def _known_norms(norms: list[tuple[Tensor, int] | None]) -> Tensor | None:
-    """The tensor that holds all of them in this order, as the last step left them; None if there is none."""
-    if None in norms or any(i != place for i, (_, place) in enumerate(norms)):
+    """The tensor that holds all of them in this order, as the last step left them.
+
+    None if there is none, as where other parameters have a gradient than in the last step.
+    """
+    if any(norm is None for norm in norms) or any(i != place for i, (_, place) in enumerate(norms)):
         return None
-    vectors = {id(vector): vector for vector, _ in norms}
-    vector = next(iter(vectors.values()))
-    return vector if len(vectors) == 1 and len(vector) == len(norms) else None
+    vector = norms[0][0]
+    return vector if len(vector) == len(norms) and all(other is vector for other, _ in norms) else None
 
 
-def _to_device(rows: dict[str, list[Tensor]], group: dict[str, Any], gamma: float, device) -> tuple[Tensor, Tensor]:
-    """The table of addresses and the hyperparameters, in one transfer that the host does not wait for."""
+def _to_device(
+    rows: dict[str, list[Tensor]], group: dict[str, Any], gamma: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What triton_kernels.py calls table, numbers, tensor_of_block and stride. The host does not wait for it."""
     names = ("X", "G", "PREV", "M", "V", "STEP", "COMPENSATION")
     beta1, beta2 = group["betas"]
     lr, n = group["lr"], len(rows["X"])
-    table = array("q")
-    for name in names:
-        table.extend([t.data_ptr() for t in rows[name]] if name in rows else [0] * n)
+    sizes = [param.numel() for param in rows["X"]]
+    first_blocks = [0, *itertools.accumulate(-(-size // BLOCK) for size in sizes)]
+    stride = n + 2 - n % 2  # even, so that every row is aligned to 16 bytes, and with room for first_blocks
     numbers = (scaling(group["gamma"], beta1), beta1, beta2, group["eps"], gamma, lr, 1 - lr * group["weight_decay"])
-    table.frombytes(array("d", [*numbers, group["max_norm"] or 0.0]).tobytes())
-    on_host = torch.frombuffer(table, dtype=torch.int64)
-    on_device = on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
-    return on_device, on_device[len(names) * n :].view(torch.float64)
-
-
-@functools.lru_cache(maxsize=64)  # a model's groups
-def _blocks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """How tensors of such ``sizes`` are cut into blocks: what triton_kernels.py calls sizes, first_blocks (int64) and
-    tensor_of_block (int32)."""
-    counts = [-(-size // BLOCK) for size in sizes]
-    tensor_of_block = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    tables = (torch.tensor(sizes), torch.tensor([0, *itertools.accumulate(counts)]), tensor_of_block)
+    numbers = array("d", [*numbers, group["max_norm"] or 0.0])
+    data = array("q", numbers.tobytes())
+    for row in (sizes, first_blocks, *([t.data_ptr() for t in rows.get(name, ())] for name in names)):
+        data.extend(row)
+        data.extend([0] * (stride - len(row)))
+    data = torch.frombuffer(data, dtype=torch.int64)
     if device.type == "cuda":
-        return tuple(table.pin_memory().to(device, non_blocking=True) for table in tables)
-    return tables
+        data = data.pin_memory().to(device, non_blocking=True)
+    table = data[len(numbers) :]
+    counts = table[stride + 1 : stride + 1 + n] - table[stride : stride + n]
+    tensor_of_block = torch.repeat_interleave(counts, output_size=first_blocks[-1])
+    return table, data[: len(numbers)].view(torch.float64), tensor_of_block, stride
 
 
 def _triton_dtype(dtype: torch.dtype):

@@ -81,22 +81,35 @@ class LastNorms:
     """‖g_{t−1}‖₂, measured when it was g_t, for as long as nothing has written to "last_grad" since.
 
     With it a step can often tell from ‖g_t‖ alone that c_t is too short to be clipped, without a pass over g_{t−1}.
-    What a norm is, a number or a place in a tensor, is the caller's affair.
+    What a norm is, a number or a place in a tensor, is the caller's affair. torch's count of writes tells whether a
+    tensor was written to; it misses what goes through ``.data``, and collective operations.
     """
 
     def __init__(self):
-        self._known: dict[Tensor, tuple[weakref.ref, int, Any]] = {}
+        self._known: dict[int, tuple[weakref.ref, tuple, Any]] = {}
+        self._trusted = True
 
-    def of(self, params: list[Tensor], last_grads: list[Tensor]) -> list[Any]:
-        """None where it is not known."""
-        norms = [None] * len(params)
-        for i, (param, last_grad) in enumerate(zip(params, last_grads, strict=True)):
-            known = self._known.get(param)
-            if known is not None and known[0]() is last_grad and known[1] == last_grad._version:
+    def take(self, last_grads: list[Tensor]) -> list[Any]:
+        """The norms, which are then forgotten; None where it is not known."""
+        norms = [None] * len(last_grads)
+        for i, last_grad in enumerate(last_grads):
+            known = self._known.pop(id(last_grad), None)
+            if known is not None and known[0]() is last_grad and known[1] == _contents(last_grad):
                 norms[i] = known[2]
         return norms
 
-    def remember(self, params: list[Tensor], last_grads: list[Tensor], norms: list[Any]) -> None:
-        """``norms`` belong to ``last_grads``; None where unknown."""
-        for param, last_grad, norm in zip(params, last_grads, norms, strict=True):
-            self._known[param] = weakref.ref(last_grad), last_grad._version, norm
+    def remember(self, last_grads: list[Tensor], norms: list[Any]) -> None:
+        """What :meth:`take` is to return; None where unknown."""
+        if self._trusted:
+            for last_grad, norm in zip(last_grads, norms, strict=True):
+                self._known[id(last_grad)] = weakref.ref(last_grad), _contents(last_grad), norm
+
+    def distrust(self) -> None:
+        """Never remember anything again: a captured graph will write to g_{t−1} whenever it is replayed."""
+        self._trusted = False
+        self._known.clear()
+
+
+def _contents(tensor: Tensor) -> tuple:
+    """What differs when the values do; does not make a lazy clone copy, as data_ptr() would."""
+    return tensor._version, torch._C._data_address(tensor), tensor.device

@@ -280,6 +280,8 @@ class Mars(Optimizer):
             keeps = batch.keeps_last_grad
             batch.kernels.step(*operands, group, self._last_norms, gamma=gamma, keeps_last_grad=keeps)
             return
+        if _is_captured(batch.grads):
+            self._last_norms.distrust()
         if group["max_norm"] is not None:
             c = clipped(c, batch.norms, group["max_norm"], in_place=batch.previous_grads is not None)
         if batch.takes_wide_copies:
@@ -492,7 +494,9 @@ class MarsAdamW(Mars):
         state_dtype: dtype of "exp_avg" and "exp_avg_sq", likewise.
         kahan_sum: keep what rounding drops from the updates of bfloat16 and float16 parameters, in one more tensor;
             None and True do, False does not.
-        foreach, fused: which of torch's AdamW kernels to use; by default the fused one where the device has it.
+        foreach, fused: which of torch's AdamW kernels to use. By default the step is fused where the device has such
+            kernels: torch's for plain AdamW, this package's own for the rest, on CPUs and GPUs; ``foreach`` (either
+            value) and ``fused=False`` turn these off.
 
     State of a parameter: "exp_avg" (m_t), "exp_avg_sq" (v_t), "last_grad" (g_{t−1}; where γ > 0 and not exact) or
     "last_param" (x_{t−1}; exact), all of the parameter's shape, and "step" (t, float32); with Kahan summation also
@@ -633,6 +637,14 @@ def _alike(params: list[Tensor]) -> list[list[Tensor]]:
     for param in params:
         lists.setdefault((param.dtype, param.device), []).append(param)
     return list(lists.values())
+
+
+def _is_captured(tensors: list[Tensor]) -> bool:
+    """Whether a CUDA graph is made of what is done with ``tensors``, instead of doing it."""
+    if torch.compiler.is_compiling() or not tensors[0].is_cuda:
+        return False
+    with torch.cuda.device_of(tensors[0]):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _measure(batches: list[Batch]) -> None:

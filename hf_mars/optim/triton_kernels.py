@@ -1,9 +1,9 @@
 """The Triton kernels of gpu.py: the step of MARS-AdamW and MARS-Lion for many tensors at once.
 
-A program works on BLOCK elements of one tensor. ``table`` holds addresses, a row for each of x, g, …, a column for
-each tensor; ``numbers`` the hyperparameters in float64, since a kernel's own float arguments are float32. ``sizes``
-are element counts; the blocks of tensor k are ``first_blocks[k]`` … ``first_blocks[k + 1] − 1``, and
-``tensor_of_block`` leads back. WIDE is the dtype that everything is computed in.
+A program works on BLOCK elements of one tensor. ``table`` has a column for each tensor, and in rows of ``stride``
+entries what the first names below say; ``numbers`` are the hyperparameters in float64, since a kernel's own float
+arguments are float32. ``tensor_of_block`` leads from a program to its tensor. WIDE is the dtype that everything is
+computed in.
 
 The equations are those of correction.py, adamw.py and lion.py.
 """
@@ -11,14 +11,16 @@ The equations are those of correction.py, adamw.py and lion.py.
 import triton
 import triton.language as tl
 
-# Rows of the table of addresses. PREV is what κ's bracket subtracts.
-X: tl.constexpr = tl.constexpr(0)
-G: tl.constexpr = tl.constexpr(1)
-PREV: tl.constexpr = tl.constexpr(2)
-M: tl.constexpr = tl.constexpr(3)
-V: tl.constexpr = tl.constexpr(4)
-STEP: tl.constexpr = tl.constexpr(5)
-COMPENSATION: tl.constexpr = tl.constexpr(6)
+# Rows of the table: element counts, the first of a tensor's blocks (and of those of the one after it), addresses.
+SIZE: tl.constexpr = tl.constexpr(0)
+FIRST_BLOCK: tl.constexpr = tl.constexpr(1)
+X: tl.constexpr = tl.constexpr(2)
+G: tl.constexpr = tl.constexpr(3)
+PREV: tl.constexpr = tl.constexpr(4)  # what κ's bracket subtracts
+M: tl.constexpr = tl.constexpr(5)
+V: tl.constexpr = tl.constexpr(6)
+STEP: tl.constexpr = tl.constexpr(7)
+COMPENSATION: tl.constexpr = tl.constexpr(8)
 
 # Places among the numbers.
 KAPPA: tl.constexpr = tl.constexpr(0)
@@ -37,8 +39,8 @@ TO_MEASURE: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def _pointer(table, row: tl.constexpr, n, k, dtype: tl.constexpr):
-    return tl.multiple_of(tl.load(table + row * n + k).to(tl.pointer_type(dtype)), 16)
+def _pointer(table, row: tl.constexpr, stride, k, dtype: tl.constexpr):
+    return tl.multiple_of(tl.load(table + row * stride + k).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
@@ -59,10 +61,10 @@ def _store(pointer, offsets, size, values, MASKED: tl.constexpr):
 
 @triton.jit
 def _is_short(numbers, norm_of_g, norm_of_prev):
-    """‖c‖ ≤ (1+κ)‖g‖ + κ‖g_prev‖, with room for rounding. False where a norm is NaN."""
+    """‖c‖ ≤ (1+κ)‖g‖ + κ‖g_prev‖, with room for rounding, of g_prev to bfloat16 too. False where a norm is NaN."""
     kappa = tl.load(numbers + KAPPA)
     bound = (1 + kappa) * norm_of_g.to(tl.float64) + kappa * norm_of_prev.to(tl.float64)
-    return bound < 0.999 * tl.load(numbers + MAX_NORM)
+    return bound < 0.995 * tl.load(numbers + MAX_NORM)
 
 
 @triton.jit
@@ -79,8 +81,9 @@ def _lerp(start, end, weight, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_blocks(sums, first_blocks, k, WIDE: tl.constexpr, REDUCED: tl.constexpr):
-    first, last = tl.load(first_blocks + k), tl.load(first_blocks + k + 1)
+def _sum_of_blocks(sums, table, stride, k, WIDE: tl.constexpr, REDUCED: tl.constexpr):
+    at_first = table + FIRST_BLOCK * stride + k
+    first, last = tl.load(at_first), tl.load(at_first + 1)
     lanes = tl.zeros((REDUCED,), dtype=WIDE)
     for start in range(first, last, REDUCED):
         offsets = start + tl.arange(0, REDUCED)
@@ -88,14 +91,12 @@ def _sum_of_blocks(sums, first_blocks, k, WIDE: tl.constexpr, REDUCED: tl.conste
     return tl.sum(lanes, axis=0)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["stride"])
 def measure(
     table,
     numbers,
-    sizes,
-    first_blocks,
     tensor_of_block,
-    n,
+    stride,
     prev_norms,
     knowledge,
     sums_of_g,
@@ -121,10 +122,10 @@ def measure(
     else:
         wants_c = False
     if wants_c or not AGAIN:
-        start = (block - tl.load(first_blocks + k)) * BLOCK
+        start = (block - tl.load(table + FIRST_BLOCK * stride + k)) * BLOCK
         offsets = start + tl.arange(0, BLOCK)
-        size = tl.load(sizes + k)
-        at_g = _pointer(table, G, n, k, G_DTYPE)
+        size = tl.load(table + SIZE * stride + k)
+        at_g = _pointer(table, G, stride, k, G_DTYPE)
         if start + BLOCK <= size:
             g = _load(at_g, offsets, size, False, WIDE)
         else:
@@ -133,7 +134,7 @@ def measure(
             tl.store(sums_of_g + block, tl.sum(g * g, axis=0))
         if CORRECTED:
             if wants_c:
-                at_prev = _pointer(table, PREV, n, k, PREV_DTYPE)
+                at_prev = _pointer(table, PREV, stride, k, PREV_DTYPE)
                 if start + BLOCK <= size:
                     prev = _load(at_prev, offsets, size, False, WIDE)
                 else:
@@ -142,10 +143,11 @@ def measure(
                 tl.store(sums_of_c + block, tl.sum(c * c, axis=0))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["stride"])
 def judge(
+    table,
     numbers,
-    first_blocks,
+    stride,
     prev_norms,
     knowledge,
     sums_of_g,
@@ -155,7 +157,7 @@ def judge(
 ):
     """‖g‖ of a tensor, and what that tells of ‖c‖."""
     k = tl.program_id(0)
-    norm_of_g = tl.sqrt(_sum_of_blocks(sums_of_g, first_blocks, k, WIDE, REDUCED))
+    norm_of_g = tl.sqrt(_sum_of_blocks(sums_of_g, table, stride, k, WIDE, REDUCED))
     tl.store(norms_of_g + k, norm_of_g)
     prev_norm = tl.load(prev_norms + k)
     if _is_short(numbers, prev_norm, prev_norm) == 0:
@@ -166,12 +168,11 @@ def judge(
         tl.store(knowledge + k, TO_MEASURE)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["stride"])
 def prepare(
     table,
     numbers,
-    first_blocks,
-    n,
+    stride,
     knowledge,
     sums_of_g,
     sums_of_c,
@@ -189,13 +190,13 @@ def prepare(
     if CLIPS:
         norm = tl.zeros((), dtype=WIDE)
         if not CORRECTED:
-            norm = tl.sqrt(_sum_of_blocks(sums_of_g, first_blocks, k, WIDE, REDUCED))
+            norm = tl.sqrt(_sum_of_blocks(sums_of_g, table, stride, k, WIDE, REDUCED))
         elif tl.load(knowledge + k) != SHORT:
-            norm = tl.sqrt(_sum_of_blocks(sums_of_c, first_blocks, k, WIDE, REDUCED))
+            norm = tl.sqrt(_sum_of_blocks(sums_of_c, table, stride, k, WIDE, REDUCED))
         max_norm = tl.load(numbers + MAX_NORM).to(WIDE)
         tl.store(scales + k, tl.where(norm <= max_norm, 1.0, max_norm / norm))  # NaN stays NaN
     if IS_ADAMW:
-        at_step = _pointer(table, STEP, n, k, tl.float32)
+        at_step = _pointer(table, STEP, stride, k, tl.float32)
         t = tl.load(at_step) + 1
         tl.store(at_step, t)
         t = t.to(tl.float64)
@@ -209,7 +210,7 @@ def prepare(
 def _update_block(
     table,
     numbers,
-    n,
+    stride,
     k,
     offsets,
     size,
@@ -230,20 +231,20 @@ def _update_block(
     COMPENSATED: tl.constexpr,
 ):
     # All loads before the first store, which the compiler would not move them across.
-    at_x = _pointer(table, X, n, k, X_DTYPE)
-    at_m = _pointer(table, M, n, k, M_DTYPE)
-    g = _load(_pointer(table, G, n, k, G_DTYPE), offsets, size, MASKED, WIDE)
+    at_x = _pointer(table, X, stride, k, X_DTYPE)
+    at_m = _pointer(table, M, stride, k, M_DTYPE)
+    g = _load(_pointer(table, G, stride, k, G_DTYPE), offsets, size, MASKED, WIDE)
     x = _load(at_x, offsets, size, MASKED, WIDE)
     m = _load(at_m, offsets, size, MASKED, WIDE)
     c = g
     if CORRECTED:
-        at_prev = _pointer(table, PREV, n, k, PREV_DTYPE)
+        at_prev = _pointer(table, PREV, stride, k, PREV_DTYPE)
         c = _corrected(numbers, g, _load(at_prev, offsets, size, MASKED, WIDE), WIDE)
     if IS_ADAMW:
-        at_v = _pointer(table, V, n, k, V_DTYPE)
+        at_v = _pointer(table, V, stride, k, V_DTYPE)
         v = _load(at_v, offsets, size, MASKED, WIDE)
     if COMPENSATED:
-        at_compensation = _pointer(table, COMPENSATION, n, k, X_DTYPE)
+        at_compensation = _pointer(table, COMPENSATION, stride, k, X_DTYPE)
         x += _load(at_compensation, offsets, size, MASKED, WIDE)
 
     if CLIPS:
@@ -257,7 +258,8 @@ def _update_block(
         denominator = tl.sqrt(v) * tl.load(inverse_root_bias2 + k) + tl.load(numbers + EPS).to(WIDE)
         change = tl.load(step_sizes + k) * (m / denominator)
     else:
-        m = _lerp(m, c, tl.load(numbers + GAMMA), WIDE)
+        gamma = tl.load(numbers + GAMMA)
+        m = tl.where(gamma == 0, m, _lerp(m, c, gamma, WIDE))  # an infinite m times zero would be NaN
         change = tl.load(numbers + LR).to(WIDE) * ((m > 0).to(WIDE) - (m < 0).to(WIDE))
     x = tl.load(numbers + DECAY).to(WIDE) * x - change
     _store(at_x, offsets, size, x, MASKED)
@@ -267,14 +269,12 @@ def _update_block(
         _store(at_prev, offsets, size, tl.where(tl.abs(g) < float("inf"), g, 0.0), MASKED)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["stride"])
 def update(
     table,
     numbers,
-    sizes,
-    first_blocks,
     tensor_of_block,
-    n,
+    stride,
     scales,
     step_sizes,
     inverse_root_bias2,
@@ -294,16 +294,16 @@ def update(
     """c̃, the moving averages, the update, and g in the place of g_{t−1}, of every block."""
     block = tl.program_id(0)
     k = tl.load(tensor_of_block + block)
-    start = (block - tl.load(first_blocks + k)) * BLOCK
+    start = (block - tl.load(table + FIRST_BLOCK * stride + k)) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
-    size = tl.load(sizes + k)
+    size = tl.load(table + SIZE * stride + k)
     if start + BLOCK <= size:
         _update_block(
-            table, numbers, n, k, offsets, size, scales, step_sizes, inverse_root_bias2, False, WIDE,
+            table, numbers, stride, k, offsets, size, scales, step_sizes, inverse_root_bias2, False, WIDE,
             X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE, V_DTYPE, CORRECTED, REMEMBERS, CLIPS, IS_ADAMW, COMPENSATED,
         )  # fmt: skip
     else:
         _update_block(
-            table, numbers, n, k, offsets, size, scales, step_sizes, inverse_root_bias2, True, WIDE,
+            table, numbers, stride, k, offsets, size, scales, step_sizes, inverse_root_bias2, True, WIDE,
             X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE, V_DTYPE, CORRECTED, REMEMBERS, CLIPS, IS_ADAMW, COMPENSATED,
         )  # fmt: skip
