@@ -3,8 +3,8 @@
     python benchmarks/step_time.py [--compile] [--json FILE]
 
 Parameters: all of GPT-2 small (124M), its hidden matrices, and a set of LoRA matrices (hundreds of small tensors), in
-float32. One process; the optimizers take turns, so that the machine's other load falls on all alike; medians, and
-ratios to the first of each table. Gradients are random, too small to be clipped, and new tensors in every step,
+float32. One process; the optimizers take turns, so that the machine's other load falls on all alike; medians of the
+times, and of the ratios, turn by turn, to the first of each table. Gradients are random, too small to be clipped, and new tensors in every step,
 as zero_grad(set_to_none=True) and a backward pass leave them. On CUDA, if there is one, otherwise on the CPU.
 
 "Extra peak" is what step() allocates beyond parameters, gradients and state. pytorch_optimizer's MARS is measured
@@ -127,13 +127,14 @@ def measure(makers, shapes, steps, device, compiled):
 
 
 def print_table(title, results, elements):
-    first = statistics.median(next(iter(results.values()))["seconds"])
+    first = next(iter(results.values()))["seconds"]
     print(f"\n| {title} | ms | ratio | state, bytes a parameter | extra peak, bytes a parameter |")
     print("| --- | --- | --- | --- | --- |")
     for name, result in results.items():
         median = statistics.median(result["seconds"])
+        ratio = statistics.median(own / other for own, other in zip(result["seconds"], first, strict=True))
         state, extra = result["state_bytes"] / elements, result["extra_peak_bytes"] / elements
-        print(f"| {name} | {1e3 * median:.1f} | {median / first:.2f} | {state:.1f} | {extra:.1f} |", flush=True)
+        print(f"| {name} | {1e3 * median:.1f} | {ratio:.2f} | {state:.1f} | {extra:.1f} |", flush=True)
 
 
 def main():

@@ -29,7 +29,7 @@
 
 enum { LANES = 64 };            /* independent sums, so that additions need not wait for each other */
 enum { RUN = 4096 };            /* elements that are added up in float32 */
-enum { CACHED = 1 << 21 };      /* elements of tensors that are measured, then updated: g_t takes 8 MiB */
+enum { CACHED = 1 << 18 };      /* elements of tensors that are measured, then updated: g_t takes 1 MiB */
 enum { BLOCK = 1 << 15 };       /* elements at a time on the way back through them */
 enum { ALONE = 1 << 15 };       /* elements below which one thread is faster than several */
 

@@ -110,6 +110,6 @@ class LastNorms:
         self._known.clear()
 
 
-def _contents(tensor: Tensor) -> tuple:
+def _contents(tensor: Tensor) -> tuple[int, int]:
     """What differs when the values do; does not make a lazy clone copy, as data_ptr() would."""
-    return tensor._version, torch._C._data_address(tensor), tensor.device
+    return tensor._version, torch._C._data_address(tensor)
