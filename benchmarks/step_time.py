@@ -4,8 +4,9 @@
 
 Parameters: all of GPT-2 small (124M), its hidden matrices, and a set of LoRA matrices (hundreds of small tensors), in
 float32. One process; the optimizers take turns, so that the machine's other load falls on all alike; medians of the
-times, and of the ratios, turn by turn, to the first of each table. Gradients are random, too small to be clipped, and new tensors in every step,
-as zero_grad(set_to_none=True) and a backward pass leave them. On CUDA, if there is one, otherwise on the CPU.
+times, and of the ratios, turn by turn, to the first of each table. Gradients are random, too small to be clipped, and
+new tensors in every step, as zero_grad(set_to_none=True) and a backward pass leave them. On CUDA, if there is one,
+otherwise on the CPU.
 
 "Extra peak" is what step() allocates beyond parameters, gradients and state. pytorch_optimizer's MARS is measured
 where that package is installed (the `bench` extra).

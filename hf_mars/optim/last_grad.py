@@ -54,16 +54,16 @@ def can_take_over(grad: Tensor) -> bool:
         return False
     storage = grad.untyped_storage()
     return (
-        _owners(grad) == _OWNERS_OF_A_FRESH_GRADIENT
+        _owners(grad, storage) == _OWNERS_OF_A_FRESH_GRADIENT
         and storage.resizable()  # .numpy() makes it fixed
         and not storage.is_shared()
         and storage.nbytes() == grad.numel() * grad.element_size()
     )
 
 
-def _owners(tensor: Tensor) -> tuple[int, int]:
+def _owners(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int]:
     """How many hold the tensor (Python's variables count as one), and how many hold its memory."""
-    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)
 
 
 def _owners_of_a_fresh_gradient() -> tuple[int, int] | None:
@@ -71,7 +71,7 @@ def _owners_of_a_fresh_gradient() -> tuple[int, int] | None:
         return None
     param = torch.nn.Parameter(torch.zeros(1))
     param.grad = torch.zeros(1)
-    return _owners(param.grad)
+    return _owners(param.grad, param.grad.untyped_storage())
 
 
 _OWNERS_OF_A_FRESH_GRADIENT = _owners_of_a_fresh_gradient()

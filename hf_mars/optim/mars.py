@@ -259,8 +259,10 @@ class Mars(Optimizer):
             if param.grad.is_sparse:
                 raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
         grads = [local_grad(param) for param in params]
+        complete = _state_keys(params[0].dtype, group, one_tensor)
         for param, grad in zip(params, grads, strict=True):
-            self._init_state(param, grad, group, one_tensor)
+            if self.state[param].keys() != complete:
+                self._init_state(param, grad, group, one_tensor)
         states = [self.state[param] for param in params]
         if one_tensor or _kappa(group) == 0:
             previous_grads = None
@@ -629,6 +631,18 @@ def _state_dtype(key: str, param: Tensor, group: dict[str, Any]) -> torch.dtype:
     """The dtype that ``group`` wants a state of ``param`` in."""
     setting = {"last_grad": "last_grad_dtype", "exp_avg": "state_dtype", "exp_avg_sq": "state_dtype"}.get(key)
     return (setting and dtype_of(group[setting])) or param.dtype
+
+
+def _state_keys(dtype: torch.dtype, group: dict[str, Any], one_tensor: bool) -> set[str]:
+    """What :meth:`Mars._init_state` leaves in the state of a parameter of ``dtype``."""
+    keys = {"exp_avg"}
+    if group["update"] == "adamw":
+        keys |= {"step", "exp_avg_sq"}
+    if not (group["exact"] or one_tensor or _kappa(group) == 0):
+        keys.add("last_grad")
+    if needs_compensation(dtype, group):
+        keys.add("compensation")
+    return keys
 
 
 def _alike(params: list[Tensor]) -> list[list[Tensor]]:
