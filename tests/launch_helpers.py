@@ -69,7 +69,7 @@ def run(commands, folder, timeout=240, meanwhile=None, **environment):
             for process in running:
                 process.terminate()  # a launcher passes it on to its workers
             for process in running:
-                process.wait(30)
+                process.wait(60)  # a launcher gives its workers 30 seconds
         printed = [log.read_text() for log in logs]
         if not any(re.search("EADDRINUSE|another process is utilizing it", text) for text in printed):
             break
