@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .batch import Batch
 from .correction import scaling
 from .last_grad import LastNorms, remember
 
@@ -31,24 +32,19 @@ def is_compiled() -> bool:
     return _cpu is not None
 
 
-def can_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Any]],
-    previous_grads: list[Tensor] | None,
-    group: dict[str, Any],
-) -> bool:
+def can_step(batch: Batch) -> bool:
     """Whether :func:`step` can take a group's step: plain contiguous float32 tensors, and the choice of kernels ours.
 
     Groups that get AdamW as it is are torch's.
     """
+    params, states, previous_grads, group = batch.params, batch.states, batch.previous_grads, batch.group
     if _cpu is None or torch.compiler.is_compiling() or group["foreach"] is not None or not group["fused"]:
         return False
     if group["update"] == "adamw" and previous_grads is None and group["max_norm"] is None:
         return False
     if group["update"] not in ("adamw", "lion"):
         return False
-    lists = [params, grads, previous_grads or grads, *_averages(states, group)]
+    lists = [params, batch.grads, previous_grads or batch.grads, *_averages(states, group)]
     scalars = [state["step"] for state in states] if group["update"] == "adamw" else []
     # In one expression each: hundreds of tensors may be small, and loops over them take as long as their step.
     if not {(type(t), t.dtype, t.is_cpu, t.is_contiguous()) for ts in [*lists, scalars] for t in ts} <= _PLAIN:
@@ -58,32 +54,20 @@ def can_step(
     return all([t.shape for t in ts] == shapes for ts in lists[2:])
 
 
-def step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Any]],
-    previous_grads: list[Tensor] | None,
-    group: dict[str, Any],
-    last_norms: LastNorms,
-    *,
-    gamma: float,
-    keeps_last_grad: bool,
-) -> None:
-    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, of all parameters.
+def step(batch: Batch, last_norms: LastNorms) -> None:
+    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, of all parameters of a batch.
 
-    Modifies the parameters and their states; may overwrite ``previous_grads``.
+    Modifies the parameters and their states; may overwrite ``batch.previous_grads``.
 
     Args:
-        params, grads, previous_grads: float32, contiguous, on the CPU. Gradients are not modified.
-        states: as :func:`~hf_mars.optim.adamw.adamw` and :func:`~hf_mars.optim.lion.lion` expect them.
-        group: the group's settings.
+        batch: as :func:`can_step` wants it. Gradients are not modified.
         last_norms: what is known of ‖g_{t−1}‖₂; brought up to date.
-        gamma: as :func:`~hf_mars.optim.correction.momentum` expects it.
-        keeps_last_grad: whether ``previous_grads`` are g_{t−1}, which g_t replaces.
     """
+    params, grads, states, previous_grads = batch.params, batch.grads, batch.states, batch.previous_grads
+    group = batch.group
     beta1, beta2 = group["betas"]
     exp_avgs, *exp_avg_sqs = _averages(states, group)
-    known = last_norms.take(previous_grads) if keeps_last_grad else [None] * len(params)
+    known = last_norms.take(previous_grads) if batch.keeps_last_grad else [None] * len(params)
     norms = array("d", [math.nan if norm is None else norm for norm in known])
     finite = _cpu.step(
         array("q", [param.numel() for param in params]),
@@ -98,14 +82,14 @@ def step(
         beta1,
         beta2,
         group["eps"],
-        gamma,
+        batch.gamma,
         group["lr"],
         group["weight_decay"],
         group["max_norm"] or 0.0,
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
-    if keeps_last_grad:
+    if batch.keeps_last_grad:
         kept = remember(previous_grads, grads, finite)
         for state, last_grad in zip(states, kept, strict=True):
             state["last_grad"] = last_grad

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .batch import Batch
 from .correction import scaling
 from .last_grad import LastNorms
 from .precision import needs_compensation, needs_wide_copies
@@ -43,6 +44,14 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is made of what is done with ``tensor``, instead of doing it."""
+    if torch.compiler.is_compiling() or not tensor.is_cuda:
+        return False
+    with torch.cuda.device_of(tensor):
+        return torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def kernels_for(device: torch.device) -> ModuleType | None:
     """The kernels, if Triton is there and can build and launch them on ``device``; else a warning says why not."""
@@ -52,8 +61,8 @@ def kernels_for(device: torch.device) -> ModuleType | None:
         x, g, g_prev, m, v, t = torch.zeros(6, 4, device=device)
         state = {"exp_avg": m, "exp_avg_sq": v, "step": t[0]}
         group = {"update": "adamw", "lr": 0.0, "betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0}
-        group.update(gamma=0.1, max_norm=1.0, kahan_sum=None)
-        _launch(triton_kernels, [x], [g], [state], [g_prev], group, LastNorms(), gamma=0.0, keeps_last_grad=True)
+        group.update(gamma=0.1, max_norm=1.0, kahan_sum=None, exact=False)
+        _launch(triton_kernels, Batch(group, [x], [g], [state], [g_prev]), LastNorms())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no C compiler for its launchers, a GPU that it does not support, …
@@ -66,18 +75,13 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     return triton_kernels
 
 
-def can_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Any]],
-    previous_grads: list[Tensor] | None,
-    group: dict[str, Any],
-) -> bool:
+def can_step(batch: Batch) -> bool:
     """Whether :func:`step` can take a group's step: plain, contiguous, aligned tensors on one GPU, parameters of one
     dtype, and the choice of kernels ours.
 
     Groups that get AdamW as it is are torch's, unless its kernels would need temporary copies.
     """
+    params, group = batch.params, batch.group
     if torch.compiler.is_compiling() or group["foreach"] is not None or not group["fused"]:
         return False
     device = params[0].device
@@ -85,13 +89,12 @@ def can_step(
         return False
     if group["update"] not in ("adamw", "lion") or isinstance(group["lr"], Tensor):
         return False
-    is_plain_adamw = group["update"] == "adamw" and previous_grads is None and group["max_norm"] is None
+    is_plain_adamw = group["update"] == "adamw" and batch.previous_grads is None and group["max_norm"] is None
     if is_plain_adamw and not needs_wide_copies(params[0].dtype, group):
         return False
-    with torch.cuda.device_of(params[0]):
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # replayed, a graph would look for its table of addresses where others' values are by then
-    rows = _rows(params, grads, states, previous_grads, group)
+    if is_captured(params[0]):
+        return False  # replayed, a graph would look for its table of addresses where others' values are by then
+    rows = _rows(batch)
     steps = rows.pop("STEP", [])
     if any((t.device, t.dtype) != (device, torch.float32) for t in steps):
         return False
@@ -108,45 +111,29 @@ def can_step(
     return kernels_for(device) is not None
 
 
-def step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Any]],
-    previous_grads: list[Tensor] | None,
-    group: dict[str, Any],
-    last_norms: LastNorms,
-    *,
-    gamma: float,
-    keeps_last_grad: bool,
-) -> None:
-    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, of all parameters.
+def step(batch: Batch, last_norms: LastNorms) -> None:
+    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, of all parameters of a batch.
 
     Modifies the parameters and their states.
 
     Args:
-        params, grads, previous_grads: as :func:`can_step` wants them. Gradients are not modified.
-        states: as :func:`~hf_mars.optim.adamw.adamw` and :func:`~hf_mars.optim.lion.lion` expect them.
-        group: the group's settings.
+        batch: as :func:`can_step` wants it. Gradients are not modified.
         last_norms: what is known of ‖g_{t−1}‖₂; brought up to date.
-        gamma: as :func:`~hf_mars.optim.correction.momentum` expects it.
-        keeps_last_grad: whether ``previous_grads`` are g_{t−1}, which g_t replaces, non-finite entries as zeros.
     """
-    kernels = kernels_for(params[0].device)
-    keeps = keeps_last_grad
-    _launch(kernels, params, grads, states, previous_grads, group, last_norms, gamma=gamma, keeps_last_grad=keeps)
+    _launch(kernels_for(batch.params[0].device), batch, last_norms)
 
 
-def _launch(
-    kernels, params, grads, states, previous_grads, group, last_norms, *, gamma: float, keeps_last_grad: bool
-) -> None:
-    rows = _rows(params, grads, states, previous_grads, group)
+def _launch(kernels: ModuleType, batch: Batch, last_norms: LastNorms) -> None:
+    params, previous_grads, group = batch.params, batch.previous_grads, batch.group
+    keeps_last_grad = batch.keeps_last_grad
+    rows = _rows(batch)
     device, n, wide = params[0].device, len(params), torch.promote_types(params[0].dtype, torch.float32)
     is_corrected, clips, is_adamw = previous_grads is not None, group["max_norm"] is not None, "V" in rows
     types = {f"{name}_DTYPE": _triton_dtype(row[0].dtype) for name, row in rows.items()}
     read = {"G_DTYPE": types["G_DTYPE"], "PREV_DTYPE": types.get("PREV_DTYPE", types["G_DTYPE"])}
     flags = {"WIDE": _triton_dtype(wide), "CORRECTED": is_corrected}
     with torch.cuda.device_of(params[0]):
-        table, numbers, tensor_of_block, stride = _to_device(rows, group, gamma, device)
+        table, numbers, tensor_of_block, stride = _to_device(rows, group, batch.gamma, device)
         where, blocks = (table, numbers, tensor_of_block, stride), len(tensor_of_block)
         sums_of_g, sums_of_c = [torch.empty(blocks, dtype=wide, device=device) for _ in range(2)]
         norms_of_g, *results = [torch.empty(n, dtype=wide, device=device) for _ in range(4)]
@@ -194,15 +181,16 @@ def _launch(
         last_norms.remember(previous_grads, [(norms_of_g, i) for i in range(n)])
 
 
-def _rows(params, grads, states, previous_grads, group) -> dict[str, list[Tensor]]:
+def _rows(batch: Batch) -> dict[str, list[Tensor]]:
     """The kernels' operands by their names in triton_kernels.py, of parameters of one dtype."""
-    rows = {"X": params, "G": grads, "M": [state["exp_avg"] for state in states]}
-    if previous_grads is not None:
-        rows["PREV"] = previous_grads
-    if group["update"] == "adamw":
+    states = batch.states
+    rows = {"X": batch.params, "G": batch.grads, "M": [state["exp_avg"] for state in states]}
+    if batch.previous_grads is not None:
+        rows["PREV"] = batch.previous_grads
+    if batch.group["update"] == "adamw":
         rows["V"] = [state["exp_avg_sq"] for state in states]
         rows["STEP"] = [state["step"] for state in states]
-    if needs_compensation(params[0].dtype, group):
+    if needs_compensation(batch.params[0].dtype, batch.group):
         rows["COMPENSATION"] = [state["compensation"] for state in states]
     return rows
 

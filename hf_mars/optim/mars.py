@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from types import ModuleType
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +15,16 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from . import cpu, gpu
 from .adamw import adamw
+from .batch import Batch
 from .correction import clipped, corrected_gradient, initial_average, reads_are_free, scaling
 from .exact import at_previous_point
 from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
 from .hyperparameters import check_hyperparameters, dtype_name, dtype_of
 from .last_grad import LastNorms, remember
 from .lion import lion
-from .precision import AVERAGES, needs_compensation, needs_wide_copies, widened
+from .precision import AVERAGES, needs_compensation, widened
 from .shampoo import shampoo
-from .sharding import elements_a_rank, is_sharded, local, local_grad, norms
+from .sharding import is_sharded, local, local_grad, norms
 
 UPDATES = {"adamw": adamw, "lion": lion, "shampoo": shampoo}
 
@@ -34,64 +33,6 @@ COPIED_AT_A_TIME = 1 << 24
 
 # Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
 _SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
-
-
-@dataclass
-class Batch:
-    """Parameters of one group that have a gradient, and what their update needs. Gradients are this rank's parts."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[dict[str, Any]]
-    previous_grads: list[Tensor] | None  # what κ's bracket subtracts; None: κ = 0, or the one-tensor form
-    kernels: ModuleType | None  # cpu or gpu: the step in few passes over memory; None: composed of torch's kernels
-    c: list[Tensor] | None = None
-    norms: list[Tensor] | list[float] | None = None  # ‖c_t‖₂; numbers where the host may look at them
-    finite: list[bool] | None = None  # whether g_t is, where the host knows
-
-    @property
-    def keeps_last_grad(self) -> bool:
-        return self.previous_grads is not None and not self.group["exact"]
-
-    @property
-    def takes_wide_copies(self) -> bool:
-        return any(needs_wide_copies(dtype, self.group) for dtype in {param.dtype for param in self.params})
-
-    @property
-    def takes_copies(self) -> bool:
-        if self.kernels is not None:
-            return False
-        if not self.keeps_last_grad:
-            return self.takes_wide_copies
-        pairs = zip(self.previous_grads, self.grads, strict=True)
-        return self.takes_wide_copies or any(last.dtype != grad.dtype for last, grad in pairs)
-
-    @property
-    def wants_norms(self) -> bool:
-        # Without the clip they tell a CPU whether g_t is finite, for one pass over memory instead of a copy's three.
-        can_tell = self.keeps_last_grad and reads_are_free(self.grads) and not any(map(is_sharded, self.params))
-        return self.group["max_norm"] is not None or can_tell
-
-    def pieces(self, elements: int) -> Iterator[Batch]:
-        """The same in batches of at most so many elements, or of one parameter; the same batches on every rank."""
-        start, count = 0, 0
-        for i, size in enumerate(map(elements_a_rank, self.params)):
-            if i > start and count + size > elements:
-                yield self._piece(slice(start, i))
-                start, count = i, 0
-            count += size
-        yield self._piece(slice(start, None))
-
-    def _piece(self, part: slice) -> Batch:
-        previous_grads = None if self.previous_grads is None else self.previous_grads[part]
-        return replace(
-            self,
-            params=self.params[part],
-            grads=self.grads[part],
-            states=self.states[part],
-            previous_grads=previous_grads,
-        )
 
 
 class Mars(Optimizer):
@@ -270,19 +211,16 @@ class Mars(Optimizer):
             previous_grads = self._take_previous_grads(params, grads)
         else:
             previous_grads = [local(state["last_grad"]) for state in states]
-        able = (kernels for kernels in (gpu, cpu) if kernels.can_step(params, grads, states, previous_grads, group))
-        return Batch(group, params, grads, states, previous_grads, next(able, None))
+        batch = Batch(group, params, grads, states, previous_grads)
+        batch.kernels = next((kernels for kernels in (gpu, cpu) if kernels.can_step(batch)), None)
+        return batch
 
     def _update(self, batch: Batch) -> None:
-        group, c = batch.group, batch.c
-        # Where g_{t−1} is not kept, the momentum of plain gradients does the correction's work.
-        gamma = group["gamma"] if batch.previous_grads is None and not group["exact"] else 0.0
         if batch.kernels is not None:
-            operands = (batch.params, batch.grads, batch.states, batch.previous_grads)
-            keeps = batch.keeps_last_grad
-            batch.kernels.step(*operands, group, self._last_norms, gamma=gamma, keeps_last_grad=keeps)
+            batch.kernels.step(batch, self._last_norms)
             return
-        if _is_captured(batch.grads):
+        group, c, gamma = batch.group, batch.c, batch.gamma
+        if gpu.is_captured(batch.grads[0]):
             self._last_norms.distrust()
         if group["max_norm"] is not None:
             c = clipped(c, batch.norms, group["max_norm"], in_place=batch.previous_grads is not None)
@@ -651,14 +589,6 @@ def _alike(params: list[Tensor]) -> list[list[Tensor]]:
     for param in params:
         lists.setdefault((param.dtype, param.device), []).append(param)
     return list(lists.values())
-
-
-def _is_captured(tensors: list[Tensor]) -> bool:
-    """Whether a CUDA graph is made of what is done with ``tensors``, instead of doing it."""
-    if torch.compiler.is_compiling() or not tensors[0].is_cuda:
-        return False
-    with torch.cuda.device_of(tensors[0]):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _measure(batches: list[Batch]) -> None:
