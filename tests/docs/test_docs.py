@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from clm_helpers import DOCUMENTS, ROOT, run_clm, run_main, write_documents, write_token_bin
+from clm_helpers import DOCUMENTS, run_clm, run_main, write_documents, write_token_bin
+from launch_helpers import ROOT
 from test_support_table import functions_of
 from torch.distributed.run import get_args_parser
 from transformers import HfArgumentParser, TrainingArguments

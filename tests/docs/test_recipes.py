@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from clm_helpers import QUIET, ROOT, log_history, run_clm, write_documents
-from launch_helpers import run_together
+from clm_helpers import QUIET, log_history, run_clm, write_documents
+from launch_helpers import ROOT, run_together
 from tokenizers import Tokenizer
 
 from hf_mars.argument_files import values_of_file

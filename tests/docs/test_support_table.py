@@ -4,14 +4,13 @@ import ast
 import functools
 import itertools
 import re
-from pathlib import Path
 
 import pytest
+from helpers import NAMES
+from launch_helpers import ROOT, TESTS
 
-TESTS = Path(__file__).parent
-DOCUMENT = (TESTS.parent / "docs" / "distributed.md").read_text()
+DOCUMENT = (ROOT / "docs" / "distributed.md").read_text()
 CLAIMS = {"tested", "refused", "not tested"}
-OPTIMS = ("mars_adamw", "mars_lion", "mars_shampoo", "mars_m")
 
 # What the tests behind the tested cells of a row have in their ids: one of them each, for every variant and form.
 ENGINES = {
@@ -35,8 +34,14 @@ def rows():
     return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table]
 
 
+def path_of(file):
+    """Of a file of tests, by its name, which no other has."""
+    (path,) = TESTS.rglob(file)
+    return path
+
+
 def functions_of(file):
-    return {node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+    return {node.name for node in ast.parse(path_of(file).read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
 @functools.cache
@@ -48,7 +53,7 @@ def ids_of(*files):
             self.ids = [item.nodeid for item in session.items]
 
     collected = Collected()
-    paths = [str(TESTS / file) for file in files]
+    paths = [str(path_of(file)) for file in files]
     pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *paths], plugins=[collected])
     return collected.ids
 
@@ -75,9 +80,9 @@ def test_every_claim_is_what_its_tests_run(row):
     tests = named_in(row)
     assert len(tests) == names.count("::")
     files = {test.split("::")[0] for line in rows() for test in named_in(line)}
-    ids = {test_id: test_id.split("[")[0].removeprefix("tests/") for test_id in ids_of(*sorted(files))}
+    ids = {test_id: test_id.split("[")[0].rpartition("/")[2] for test_id in ids_of(*sorted(files))}
     used = set()
-    for (optim, claim), form in itertools.product(zip(OPTIMS, claims, strict=True), forms.split(", ")):
+    for (optim, claim), form in itertools.product(zip(NAMES, claims, strict=True), forms.split(", ")):
         if claim == "not tested":
             continue
         for part in ENGINES[engine] if claim == "tested" else [""]:
@@ -94,7 +99,7 @@ def test_there_is_a_table():
     assert {"one process", "DDP", "FSDP2", "HSDP", "FSDP1", "ZeRO-1", "DataParallel", "tensor parallelism"} <= engines
 
 
-README = (TESTS.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 # A column of README's table -> how the engines in the whole table begin that it sums up.
 COLUMNS = {
     "one process": "one process",
@@ -120,7 +125,7 @@ def test_readme_claims_what_the_whole_table_does(what, column, cell):
     claim = next(c for c in ("not tested", "refused", "tested") if cell.startswith(c))
     form = "exact" if what.startswith("exact") else "approx"
     kinds = ("resume", "all") if what == "resume" else ("numbers", "all")
-    optims = [o for o in OPTIMS if o in what] or OPTIMS
+    optims = [o for o in NAMES if o in what] or NAMES
     backing = [
         row
         for row in rows()
@@ -129,7 +134,7 @@ def test_readme_claims_what_the_whole_table_does(what, column, cell):
     if what == "resume":  # of those variants that the engine takes at all
         assert any(claim in row[3:7] for row in backing)
     else:
-        claimed = [dict(zip(OPTIMS, row[3:7], strict=True)) for row in backing]
+        claimed = [dict(zip(NAMES, row[3:7], strict=True)) for row in backing]
         assert any(all(claims[o] == claim for o in optims) for claims in claimed)
     if "1 ↔ 2" in cell:
         assert any("1 → 2" in row[2] and set(row[3:7]) == {"tested"} for row in backing)

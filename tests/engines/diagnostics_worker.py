@@ -1,4 +1,4 @@
-"""One rank of tests/test_diagnostics.py: step_diagnostics of a sharded model and of the whole one, as JSON."""
+"""One rank of tests/trainer/test_diagnostics.py: step_diagnostics of a sharded model and of the whole one, as JSON."""
 
 import json
 import os

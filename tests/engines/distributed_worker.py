@@ -1,4 +1,4 @@
-"""One rank of tests/test_distributed.py: train a model together, and the same model on all data in this process alone.
+"""One rank of test_distributed.py: train a model together, and the same model on all data in this process alone.
 
 Usage: distributed_worker.py PROCESSES ENGINE…  Rank 0 prints, as JSON, for every engine and setting the largest
 relative difference of a parameter; for "fsdp1" what each variant says to it.

@@ -1,4 +1,4 @@
-"""One rank of tests/test_engines.py: Trainer runs under one engine, all in one launch.
+"""One rank of the tests of engines (engine_helpers.py): Trainer runs under one engine, all in one launch.
 
 Usage: engine_worker.py PLAN.json, with "engine" ("ddp", "fsdp2" or "deepspeed"), "processes", "folder" (each run gets
 one in it), "model" (where to load it from), "results" (a file) and "runs". A run has "name", "settings"

@@ -1,4 +1,4 @@
-"""One process of "two nodes with two processes each" for tests/test_launch.py.
+"""One process of "two nodes with two processes each" for tests/engines/test_launch.py.
 
 Usage: nodes_worker.py FOLDER MODEL, with the environment of torch.distributed. Node n works in FOLDER/node-n and
 shares no disk but FOLDER/shared. What each run of run_clm.main returned, or how it failed, is written to

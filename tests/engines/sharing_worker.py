@@ -1,4 +1,4 @@
-"""One rank of tests/test_sharing.py: work on whole matrices shared among ranks, and the messages that a step sends."""
+"""One rank of test_sharing.py: work on whole matrices shared among ranks, and the messages that a step sends."""
 
 import collections
 import datetime

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from distributed_worker import OPTIONS
-from helpers import METHODS
+from helpers import EVERY_METHOD
 from launch_helpers import launch
 
 PROCESSES = {
@@ -18,14 +18,13 @@ PROCESSES = {
     "hsdp": 4,
     "fsdp2_tensor_parallel": 4,
 }
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 
 
 @functools.cache
 def results(processes):
     """Of all engines that take this number of processes, in one launch: starting Python costs more than training."""
     engines = [engine for engine, wanted in {**PROCESSES, "fsdp1": 2}.items() if wanted == processes]
-    return json.loads(launch(processes, "distributed_worker.py", processes, *engines).strip().splitlines()[-1])
+    return json.loads(launch(processes, "engines/distributed_worker.py", processes, *engines).strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize("engine", PROCESSES)

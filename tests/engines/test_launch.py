@@ -15,8 +15,8 @@ import psutil
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from clm_helpers import QUIET, ROOT, log_history, run_clm, run_main
-from launch_helpers import run, run_together
+from clm_helpers import QUIET, log_history, run_clm, run_main
+from launch_helpers import ROOT, TESTS, run, run_together
 from nodes_worker import BLOCKS
 
 pytestmark = pytest.mark.timeout(600)  # a test may set up two runs, each with a timeout of its own
@@ -234,7 +234,7 @@ def two_by_two(one_process, tmp_path_factory):
     """What nodes_worker.py wrote, for each of its four processes."""
     folder = tmp_path_factory.mktemp("two_by_two")
     rendezvous = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    worker = [sys.executable, str(ROOT / "tests" / "nodes_worker.py"), str(folder), str(one_process)]
+    worker = [sys.executable, str(TESTS / "engines" / "nodes_worker.py"), str(folder), str(one_process)]
 
     def commands(port):
         ranks = ({"RANK": str(r), "LOCAL_RANK": str(r % 2), "MASTER_PORT": port} for r in range(4))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from clm_helpers import ROOT
+from launch_helpers import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mars.optim.newton_schulz import newton_schulz

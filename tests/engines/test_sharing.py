@@ -3,15 +3,15 @@
 import json
 
 import pytest
-from test_distributed import launch
+from launch_helpers import launch
 
-MATRICES = 7  # of tests/sharing_worker.py
+MATRICES = 7  # of sharing_worker.py
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharing(world):
     """The worker checks the values: tall, wide, square and stacked matrices, uneven and empty shards; and pieces."""
-    found = json.loads(launch(world, "sharing_worker.py").strip().splitlines()[-1])
+    found = json.loads(launch(world, "engines/sharing_worker.py").strip().splitlines()[-1])
     # Each matrix is worked on once; in each row of a hybrid mesh once; where it cannot be shared out, on every rank.
     expected = {"rows": 1, "columns": 1, "hybrid": 2, "replicated": world, "both": world}
     if world == 2:  # the grid is 2 x 1

@@ -3,7 +3,7 @@ where there is a GPU, torch itself looks for synchronisation."""
 
 import pytest
 import torch
-from helpers import METHODS, assert_close, make_gradients, make_params, run_steps
+from helpers import EVERY_METHOD, assert_close, make, make_gradients, make_params, run_steps
 
 SETTINGS = {
     "the default": {},
@@ -16,13 +16,11 @@ SHAPES = [(8, 4), (4, 8), (4,)]
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 every_case = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 
 
-def make(method, device, dtype, settings):
-    cls, keywords, _ = METHODS[method]
+def make_on(device, method, dtype, settings):
     params = [torch.nn.Parameter(p.detach().to(device)) for p in make_params(SHAPES, dtype=dtype)]
-    return params, cls(params, lr=0.02, weight_decay=0.1, **keywords, **settings)
+    return params, make(method, params, weight_decay=0.1, **settings)
 
 
 def set_gradients(params, optimizer, exact):
@@ -44,7 +42,7 @@ def test_a_meta_tensor_has_no_value_to_read():
 @every_dtype
 @EVERY_METHOD
 def test_step_reads_no_value(method, dtype, settings):
-    params, optimizer = make(method, "meta", dtype, settings)
+    params, optimizer = make_on("meta", method, dtype, settings)
     for _ in range(3):
         set_gradients(params, optimizer, "exact" in settings)
         optimizer.step()
@@ -56,7 +54,7 @@ def test_step_reads_no_value(method, dtype, settings):
 @every_dtype
 @EVERY_METHOD
 def test_step_does_not_synchronize(method, dtype, settings):
-    params, optimizer = make(method, "cuda", dtype, settings)
+    params, optimizer = make_on("cuda", method, dtype, settings)
     for _ in range(3):
         set_gradients(params, optimizer, "exact" in settings)
         torch.cuda.set_sync_debug_mode("error")
@@ -74,7 +72,7 @@ def test_a_gpu_takes_the_steps_of_a_cpu(method, max_norm):
     """float64, where Newton-Schulz is computed in the same precision on both."""
     finals = []
     for device in ("cpu", "cuda"):
-        params, optimizer = make(method, device, torch.float64, {"max_norm": max_norm, "gamma": 0.2})
+        params, optimizer = make_on(device, method, torch.float64, {"max_norm": max_norm, "gamma": 0.2})
         gradients = [[g.to(device) for g in step] for step in make_gradients(params, 5)]
         finals.append([p.cpu() for p in run_steps(optimizer, params, gradients)])
     assert_close(*finals, 1e-10)

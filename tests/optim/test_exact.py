@@ -1,70 +1,25 @@
-"""Exact MARS in a plain loop: c_t against its closed form, what previous_point() leaves behind, its errors, its use.
+"""Exact MARS in a plain loop: c_t against its closed form, special parameters, its use.
 
 The problem of most tests is a quadratic in every parameter, f(x; t) = a_t ‖x‖² / 2 − ⟨b_t, x⟩, whose gradient
 a_t x − b_t and Hessian a_t I are known: c_t = a_t x_t − b_t + κ a_t (x_t − x_{t−1}).
 """
 
-import contextlib
 import copy
-import io
-import random
-import sys
-from pathlib import Path
 
-import numpy
+import exact_variance
 import pytest
 import torch
-from helpers import METHODS, TiedLanguageModel, assert_close, assert_equal, make_params, values
+from exact_helpers import MATRICES, Quadratic, make_exact
+from helpers import EVERY_METHOD, TiedLanguageModel, assert_close, assert_equal, make_params, values
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hf_mars import MarsAdamW, MarsLion, MarsShampoo
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import exact_variance
-
-MATRICES = [(7, 4), (4, 7), (5, 5)]
-EACH_METHOD = pytest.mark.parametrize("method", list(METHODS))
-
-
-def make_exact(method, params, **settings):
-    cls, keywords, _ = METHODS[method]
-    return cls(params, **{"lr": 0.02, "weight_decay": 0.1, "exact": True, **keywords, **settings})
-
-
-class Quadratic:
-    """f(x; t), one a_t a step and one b_t a step and parameter; t may be a list of steps: the mean of their f."""
-
-    def __init__(self, params, steps=30, seed=3):
-        generator = torch.Generator().manual_seed(seed)
-        self.params = params
-        self.a = torch.rand(steps, generator=generator, dtype=torch.float64) + 0.5
-        shapes = [p.shape for p in params]
-        self.b = [[torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes] for _ in range(steps)]
-
-    def __call__(self, t):
-        if isinstance(t, list):
-            return sum(self(one) for one in t) / len(t)
-        return sum(
-            self.a[t] * p.square().sum() / 2 - (b.to(p.dtype) * p).sum()
-            for p, b in zip(self.params, self.b[t], strict=True)
-        )
-
-    def train(self, optimizer, steps):
-        """Exact steps for each of `steps`."""
-        for t in steps:
-            with optimizer.previous_point():
-                self(t).backward()
-            self(t).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
+from hf_mars import MarsAdamW
 
 # --- c_t
 
 
-@EACH_METHOD
+@EVERY_METHOD
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_c_has_its_closed_form(method, max_norm):
     """m_t = β1 m_{t−1} + (1−β1) c̃_t with c_t from the known Hessian, clipped or not, for matrices and all."""
@@ -87,7 +42,7 @@ def test_c_has_its_closed_form(method, max_norm):
         assert_close([optimizer.state[p]["exp_avg"] for p in params], moments, 1e-12)
 
 
-@EACH_METHOD
+@EVERY_METHOD
 def test_gamma_1_is_storm(method):
     """STORM: d_t = g_t + (1−a)(d_{t−1} − g'_t), d_1 = g_1. With 1 − a = β1, m_t obeys the same recursion from m_0 = 0
     (MARS starts with (1−β1) g_1), so that m_t = d_t − β1^t g_1: no factor between them, and the difference fades.
@@ -112,7 +67,7 @@ def test_gamma_1_is_storm(method):
         assert_close([optimizer.state[p]["exp_avg"] for p in params], expected, 1e-12)
 
 
-@EACH_METHOD
+@EVERY_METHOD
 @pytest.mark.parametrize("gamma", [0.025, 1.0])
 def test_a_constant_gradient_gives_c_equal_to_g(method, gamma):
     params = make_params(MATRICES)
@@ -163,7 +118,7 @@ def test_without_correction_exact_is_momentum(method):
 # --- Accumulation
 
 
-@EACH_METHOD
+@EVERY_METHOD
 @pytest.mark.parametrize("order", ["one context", "a context each", "interleaved"])
 def test_micro_batches_equal_one_large_batch(method, order):
     ours, whole = make_params(), make_params()
@@ -218,157 +173,6 @@ def test_gradients_in_a_buffer_that_is_reused():
         optimizers[0].zero_grad()
         optimizers[1].zero_grad(set_to_none=t % 4 == 0)
     assert_equal(viewed, plain)
-
-
-# --- What previous_point() leaves behind
-
-
-def test_both_evaluations_draw_the_same_and_the_stream_goes_on_unchanged():
-    """torch's, Python's and NumPy's generators; also after an exception."""
-
-    def draw():
-        return (torch.rand(4).tolist(), random.random(), numpy.random.rand(), dropout(torch.ones(99)).tolist())
-
-    dropout = nn.Dropout(0.5)
-    params = make_params()
-    optimizer = make_exact("mars_adamw", params)
-    problem = Quadratic(params)
-    for t in range(3):  # at t = 1 too
-        torch.manual_seed(t)
-        random.seed(t)
-        numpy.random.seed(t)
-        expected = [draw(), draw()]
-        torch.manual_seed(t)
-        random.seed(t)
-        numpy.random.seed(t)
-        with pytest.raises(ZeroDivisionError), optimizer.previous_point():
-            draw()
-            1 / 0  # noqa: B018
-        with optimizer.previous_point():
-            assert [draw(), draw()] == expected
-            problem(t).backward()
-        assert [draw(), draw()] == expected
-        problem(t).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def test_dropout_adds_no_difference_between_the_evaluations():
-    """lr = 0: x_{t−1} = x_t, so with equal masks the correction is zero, and c_t = g_t in spite of κ = 19."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3, bias=False))
-    optimizer = MarsAdamW(model.parameters(), lr=0.0, gamma=1.0, exact=True, max_norm=None)
-    inputs = torch.randn(4, 6)
-    weight = model[0].weight
-    average = torch.zeros_like(weight)
-    for _ in range(4):
-        with optimizer.previous_point():
-            model(inputs).sum().backward()
-        model(inputs).sum().backward()
-        average.lerp_(weight.grad, 1 - 0.95)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert_close([optimizer.state[weight]["exp_avg"]], [average], 1e-6)
-
-
-def test_inside_parameters_are_the_previous_ones_and_outside_they_and_their_gradients_are_untouched():
-    params = make_params(dtype=torch.float32)
-    params[0].data.mul_(1e-30)  # a difference and its addition would not give these back
-    optimizer = make_exact("mars_adamw", params)
-    problem = Quadratic(params)
-    addresses = [p.data_ptr() for p in params]
-    previous = values(params)
-    for t in range(5):
-        current = values(params)
-        kept = [torch.full_like(p, t) if i % 2 else None for i, p in enumerate(params)]
-        for p, grad in zip(params, kept, strict=True):
-            p.grad = grad
-        with optimizer.previous_point():
-            assert_equal(params, previous)
-            assert all(p.grad is None for p in params)
-            problem(t).backward()
-        assert_equal(params, current)
-        assert all(
-            p.grad is grad and (grad is None or (grad == t).all()) for p, grad in zip(params, kept, strict=True)
-        )
-        optimizer.zero_grad()
-        problem.train(optimizer, [t])
-        previous = current
-    assert [p.data_ptr() for p in params] == addresses
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_after_an_exception_all_is_as_before_and_the_evaluation_can_be_repeated(error):
-    finals = []
-    for broken in (True, False):
-        params = make_params()
-        optimizer = make_exact("mars_adamw", params, gamma=0.5)
-        problem = Quadratic(params)
-        problem.train(optimizer, range(3))
-        with optimizer.previous_point():
-            problem(3).backward()
-        if broken:
-            before = values(params)
-            with pytest.raises(error), optimizer.previous_point():
-                (1e6 * problem(4)).backward()
-                raise error
-            assert_equal(params, before)
-            assert all(p.grad is None for p in params)
-        with optimizer.previous_point():
-            problem(4).backward()
-        problem([3, 4]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        problem.train(optimizer, range(5, 8))
-        finals.append(values(params))
-    assert_equal(*finals)
-
-
-def test_a_swap_that_fails_halfway_is_undone(monkeypatch):
-    """No memory for the copy of a large parameter, say."""
-    from hf_mars.optim import exact
-
-    params = make_params()
-    optimizer = make_exact("mars_adamw", params)
-    Quadratic(params).train(optimizer, range(2))
-    before, swap = values(params), exact._swap
-    failures = [params[4]]
-
-    def swap_without_memory(a, b):
-        if a in set(failures):
-            failures.clear()
-            raise torch.OutOfMemoryError
-        swap(a, b)
-
-    monkeypatch.setattr(exact, "_swap", swap_without_memory)
-    with pytest.raises(torch.OutOfMemoryError), optimizer.previous_point():
-        raise AssertionError("never entered")
-    assert not failures
-    assert_equal(params, before)
-
-
-def test_weights_that_autocast_has_cast_are_not_used_at_the_other_point():
-    """One autocast region around both evaluations: its cache of bf16 weights must not outlive the swap."""
-    finals = []
-    for whole in (True, False):
-        torch.manual_seed(0)
-        model = nn.Linear(6, 4)
-        optimizer = MarsAdamW(model.parameters(), lr=0.1, gamma=1.0, exact=True)
-        inputs = torch.randn(8, 6)
-
-        def loss(model=model, inputs=inputs):
-            with torch.autocast("cpu", torch.bfloat16):
-                return model(inputs).float().square().mean()
-
-        for _ in range(4):
-            with torch.autocast("cpu", torch.bfloat16) if whole else contextlib.nullcontext():
-                with optimizer.previous_point():
-                    loss().backward()
-                loss().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        finals.append(values(model.parameters()))
-    assert_equal(*finals)
 
 
 # --- Parameters that are special
@@ -461,117 +265,6 @@ def test_groups_that_are_not_exact_stay_at_the_present_point():
         assert not torch.equal(exact, before[0])
         assert torch.equal(approximate, before[1])
     assert "last_grad" in optimizer.state[approximate] and "last_grad" not in optimizer.state[exact]
-
-
-# --- Errors
-
-
-def test_a_step_without_the_previous_gradient_says_what_to_do_and_changes_nothing():
-    params = make_params()
-    optimizer = make_exact("mars_adamw", params)
-    problem = Quadratic(params)
-    problem.train(optimizer, range(2))
-    before, state = values(params), copy.deepcopy(optimizer.state_dict()["state"])
-    problem(2).backward()
-    with pytest.raises(RuntimeError, match=r"previous_point\(\).*MarsTrainer.*exact=False"):
-        optimizer.step()
-    assert_equal(params, before)
-    for i, entries in optimizer.state_dict()["state"].items():
-        assert_equal(entries.values(), state[i].values())
-    with optimizer.previous_point():
-        problem(2).backward()
-    optimizer.step()
-
-
-def test_a_step_uses_the_previous_gradient_up():
-    params = make_params()
-    optimizer = make_exact("mars_adamw", params)
-    problem = Quadratic(params)
-    problem.train(optimizer, range(2))
-    problem(2).backward()
-    with pytest.raises(RuntimeError, match="previous point"):
-        optimizer.step()
-
-
-def test_a_skipped_batch_leaves_nothing_for_the_next_one():
-    """zero_grad() drops both gradients; one inside the context only those that are made there."""
-    finals = []
-    for skip in (True, False):
-        params = make_params()
-        optimizer = make_exact("mars_adamw", params, gamma=0.5)
-        problem = Quadratic(params)
-        problem.train(optimizer, range(3))
-        if skip:
-            with optimizer.previous_point():
-                problem(9).backward()
-            problem(9).backward()
-            optimizer.zero_grad()
-            with optimizer.previous_point():
-                problem(8).backward()
-                optimizer.zero_grad()
-                problem(3).backward()
-        else:
-            with optimizer.previous_point():
-                problem(3).backward()
-        problem(3).backward()
-        optimizer.step()
-        finals.append(values(params))
-    assert_equal(*finals)
-
-
-def test_entering_twice():
-    params = make_params()
-    optimizer = make_exact("mars_adamw", params)
-    with optimizer.previous_point():
-        with pytest.raises(RuntimeError, match="already entered"), optimizer.previous_point():
-            pass
-        with pytest.raises(RuntimeError, match="leave the context first"):
-            optimizer.step()
-    with optimizer.previous_point():
-        pass
-
-
-@pytest.mark.parametrize("cls", [MarsAdamW, MarsLion, MarsShampoo])
-def test_an_optimizer_that_is_not_exact(cls):
-    with pytest.raises(RuntimeError, match="exact=True"), cls(make_params(MATRICES)).previous_point():
-        pass
-
-
-# --- State
-
-
-@EACH_METHOD
-def test_a_run_continues_bit_for_bit_from_its_state(method):
-    """Saved after any step, loaded with weights_only into a new optimizer over new parameters; x_{t−1} is in it."""
-    whole = make_params(dtype=torch.float32)
-    optimizer = make_exact(method, whole, gamma=0.5)
-    problem = Quadratic(whole)
-    saved = []
-    for t in range(6):
-        file = io.BytesIO()
-        torch.save({"params": values(whole), "optimizer": optimizer.state_dict()}, file)
-        saved.append(file)
-        problem.train(optimizer, [t])
-    for t, file in enumerate(saved):
-        file.seek(0)
-        checkpoint = torch.load(file, weights_only=True)
-        params = [nn.Parameter(value) for value in checkpoint["params"]]
-        resumed = make_exact(method, params, gamma=0.5)
-        resumed.load_state_dict(checkpoint["optimizer"])
-        assert resumed.needs_previous_point == (t > 0)
-        Quadratic(params).train(resumed, range(t, 6))
-        assert_equal(params, whole)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_previous_point_has_the_parameters_precision(dtype):
-    params = make_params(dtype=dtype)
-    optimizer = make_exact("mars_adamw", params)
-    Quadratic(params).train(optimizer, range(2))
-    before = values(params)
-    Quadratic(params).train(optimizer, [2])
-    assert_equal([optimizer.state[p]["last_param"] for p in params], before)
-    assert {state["last_param"].dtype for state in optimizer.state.values()} == {dtype}
 
 
 # --- What it is for

@@ -1,22 +1,19 @@
 """What a step keeps and in which dtype: g_{t-1} without a copy, half-size states, bfloat16 parameters."""
 
+import functools
 import io
 
+import helpers
 import pytest
 import torch
-from helpers import METHODS, assert_equal, make_gradients, make_params, run_steps, values
+from helpers import EVERY_METHOD, assert_equal, make_gradients, make_params, run_steps, values
 from torch import nn
 
 from hf_mars.optim import MarsAdamW, MarsLion
 from hf_mars.optim.last_grad import can_take_over
 from hf_mars.optim.sharding import norms
 
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
-
-
-def make(method, params, **options):
-    cls, keywords, _ = METHODS[method]
-    return cls(params, **{"lr": 0.02, "weight_decay": 0.1, **keywords, **options})
+make = functools.partial(helpers.make, weight_decay=0.1)
 
 
 def backward(params, gradients):

@@ -8,6 +8,7 @@ it is 1e-5, against the float64 reference fed with the same gradients.
 import pytest
 import torch
 from helpers import (
+    EVERY_METHOD,
     METHODS,
     TiedLanguageModel,
     assert_close,
@@ -25,7 +26,6 @@ STEPS = 40
 LR = 0.1
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 
 # Seven small steps, then three large ones: the clip is active on some steps and not on others.
 CALM_AND_STORM = (0.002,) * 7 + (3.0,) * 3

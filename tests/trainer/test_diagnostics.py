@@ -8,8 +8,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import METHODS, assert_equal, make_gradients, make_params, tiny_gpt2
-from test_distributed import launch
+from helpers import EVERY_METHOD, METHODS, assert_equal, make_gradients, make_params, tiny_gpt2
+from launch_helpers import launch
 from trainer_helpers import make_trainer, optimizer_of, token_blocks, train, weights
 from transformers import Trainer, TrainerCallback
 
@@ -229,7 +229,7 @@ def test_halves_neither_overflow_nor_vanish(dtype):
         assert measured["correction_ratio"] == pytest.approx(ratio, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@EVERY_METHOD
 def test_nothing_is_changed(method):
     optimizer_cls, keywords, _ = METHODS[method]
     params = make_params()
@@ -259,7 +259,7 @@ def test_no_gradients_or_zero_ones():
 
 def test_sharded_parameters_give_the_whole_tensors_values():
     """FSDP2 on two processes against one process, float64."""
-    alone, sharded = json.loads(launch(2, "diagnostics_worker.py").strip().splitlines()[-1])
+    alone, sharded = json.loads(launch(2, "engines/diagnostics_worker.py").strip().splitlines()[-1])
     assert alone.keys() == sharded.keys() >= {"correction_ratio", "gradient_cosine", "clipped_fraction"}
     assert 0 < alone["clipped_fraction"] < 1
     assert sharded == pytest.approx(alone, rel=1e-12)

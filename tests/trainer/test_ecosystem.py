@@ -11,8 +11,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from datasets import Dataset
-from helpers import tiny_gpt2
+from helpers import NAMES, tiny_gpt2
 from huggingface_hub.utils import filter_repo_objects
+from launch_helpers import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from trainer_helpers import losses, make_trainer, optimizer_of, token_blocks, weights
 from transformers import (
@@ -116,7 +117,7 @@ def test_trls_command_line(tmp_path, saved_model):
     command += ["--output_dir", str(tmp_path), "--optim", "mars_adamw", "--optim_args", "gamma=0.05"]
     command += ["--max_steps", "3", "--logging_steps", "1", "--max_length", "16", "--use_cpu", "--bf16", "false"]
     command += ["--save_strategy", "steps", "--save_steps", "3", "--report_to", "none"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and "Training completed" in done.stdout, done.stderr[-3000:]
     log = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
@@ -286,7 +287,7 @@ def test_model_card_states_the_runs_hyperparameters(tmp_path, trainer_cls):
     assert all(setting in vector for setting in ["1d", "adamw", "lr=0.002", "betas=(0.9, 0.9)", "eps=1e-06"])
 
 
-@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion", "mars_shampoo", "mars_m"])
+@pytest.mark.parametrize("optim", NAMES)
 def test_model_card_before_and_after_training_is_the_same(tmp_path, optim):
     trainer = make_trainer(tmp_path, optim=optim, optim_args="beta1=0.9", max_steps=1)
     before = card_of(trainer)

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from pathlib import Path
 
 import pytest
+from launch_helpers import ROOT, TESTS
 
-EXAMPLE = Path(__file__).parent / "official_example.py"
+EXAMPLE = TESTS / "trainer" / "official_example.py"
 # This checkout is imported from other folders too; python's errors stay plain.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(EXAMPLE.parent.parent)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 SCRIPT = """
 import sys
@@ -261,7 +261,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_an_official_example_on_two_processes(tmp_path, launcher):
-    """tests/official_example.py, which knows nothing of hf_mars, with MARS, diagnostics and TensorBoard."""
+    """tests/trainer/official_example.py, which knows nothing of hf_mars, with MARS, diagnostics and TensorBoard."""
     events = tmp_path / "events"
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "hf_mars", "--mars_diagnostics", str(EXAMPLE)]
     command += ["--output_dir", str(tmp_path / "out"), "--optim", "mars_adamw", "--use_cpu", "--max_steps", "2"]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import NAMES
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
@@ -14,8 +15,6 @@ import hf_mars
 from hf_mars.trainer import registry
 from hf_mars.trainer.options import VARIANTS
 from hf_mars.trainer.versions import check_transformers
-
-NAMES = ["mars_adamw", "mars_lion", "mars_shampoo", "mars_m"]
 
 
 @pytest.mark.parametrize("name", NAMES)

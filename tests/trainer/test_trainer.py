@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal, tiny_gpt2, tiny_llama
-from trainer_helpers import losses, make_trainer, optimizer_of, token_blocks, train, weights
+from helpers import NAMES, assert_close, assert_equal, tiny_gpt2, tiny_llama
+from trainer_helpers import NO_DROPOUT, losses, make_trainer, optimizer_of, token_blocks, train, weights
 from transformers import Trainer, TrainingArguments
 
 from hf_mars import MarsAdamW, MarsTrainer, MarsTrainingArguments, param_groups
-
-NAMES = ["mars_adamw", "mars_lion", "mars_shampoo", "mars_m"]
-WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 @pytest.mark.parametrize("optim", NAMES)
@@ -108,11 +105,11 @@ def test_several_gpus_in_one_process(tmp_path, optim, monkeypatch):
     """What the Trainer does on a machine with two GPUs where no launcher was used, but for the GPUs."""
     settings = {"optim": optim, "learning_rate": 1e-3, "max_steps": 4}
     settings["train_dataset"] = [{**block, "labels": block["input_ids"]} for block in token_blocks()]
-    alone = train(tmp_path, Trainer, model=tiny_gpt2(**WITHOUT_DROPOUT), **settings)
+    alone = train(tmp_path, Trainer, model=tiny_gpt2(**NO_DROPOUT), **settings)
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     monkeypatch.setattr(torch.nn, "DataParallel", OnTwoCpus)
     settings["per_device_train_batch_size"] = 2
-    several = train(tmp_path, Trainer, model=tiny_gpt2(**WITHOUT_DROPOUT), **settings)
+    several = train(tmp_path, Trainer, model=tiny_gpt2(**NO_DROPOUT), **settings)
     assert type(several.model_wrapped) is OnTwoCpus and several.args.train_batch_size == 4
     assert losses(several) == pytest.approx(losses(alone), rel=1e-5)
     assert_close(weights(several), weights(alone), 1e-4)
