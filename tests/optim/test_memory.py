@@ -2,6 +2,7 @@
 
 import functools
 import io
+import weakref
 
 import helpers
 import pytest
@@ -10,7 +11,7 @@ from helpers import EVERY_METHOD, assert_equal, make_gradients, make_params, run
 from torch import nn
 
 from hf_mars.optim import MarsAdamW, MarsLion
-from hf_mars.optim.last_grad import can_take_over
+from hf_mars.optim.last_grad import LastNorms, can_take_over
 from hf_mars.optim.sharding import norms
 
 make = functools.partial(helpers.make, weight_decay=0.1)
@@ -271,3 +272,18 @@ def test_norms_of_half_precisions_are_float32(contiguous, dtype):
     assert norm.dtype == torch.float32
     assert norm.item() == pytest.approx(part.numel() ** 0.5, rel=1e-6)
     assert norm.square().item() == pytest.approx(part.numel(), rel=1e-6)
+
+
+def test_norms_are_known_once_and_keep_nothing_alive():
+    norms, last_grads = LastNorms(), [torch.ones(3), torch.ones(2)]
+    norms.remember(last_grads, [1.0, 2.0])
+    assert norms.take(last_grads) == [1.0, 2.0]
+    assert norms.take(last_grads) == [None, None]
+    norms.remember(last_grads, [1.0, 2.0])
+    watched = weakref.ref(last_grads[0])
+    del last_grads[0]
+    assert watched() is None
+    norms.distrust()  # where a captured graph writes to them
+    assert norms.take(last_grads) == [None]
+    norms.remember(last_grads, [1.0])
+    assert norms.take(last_grads) == [None]

@@ -1,5 +1,6 @@
 """The Triton kernels on a machine without a GPU: through Triton's interpreter, and through its compiler."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from hf_mars.optim import gpu
+from kernel_helpers import gpu
+from launch_helpers import ROOT
 
 triton = pytest.importorskip("triton")
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(gpu.is_interpreted(), reason="these tests start the interpreter themselves")
@@ -21,6 +22,7 @@ TESTS = Path(__file__).parent
     ("file", "chosen"),
     [
         ("test_gpu_kernels.py", ""),
+        ("test_kernels.py", "gpu"),
         ("test_reference.py", "equals_the_reference and float64 and (adamw or lion)"),
         ("test_laws.py", "one_buffer or constant_gradient"),
     ],
@@ -30,7 +32,7 @@ def test_through_the_interpreter(file, chosen):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [*command, TESTS / file, "-k", chosen], capture_output=True, text=True, env=environment, cwd=TESTS.parent
+        [*command, HERE / file, "-k", chosen], capture_output=True, text=True, env=environment, cwd=ROOT
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 10 and "skipped" not in result.stdout
@@ -61,7 +63,7 @@ def floats(*names):
 def test_compiles_for_gpus(target, dtype):
     import triton.language as tl
 
-    from hf_mars.optim import triton_kernels as kernels
+    kernels = importlib.import_module(f"{gpu.__package__}.triton_kernels")
 
     dtype = getattr(tl, dtype)
     read = {"WIDE": tl.float32, "G_DTYPE": dtype, "PREV_DTYPE": dtype, "CORRECTED": True, "BLOCK": gpu.BLOCK}
@@ -93,13 +95,13 @@ def test_compiles_for_gpus(target, dtype):
 
 
 def test_a_cpu_does_not_import_triton():
-    script = """
+    script = f"""
 import sys, torch
 from hf_mars.optim import MarsAdamW
 param = torch.nn.Parameter(torch.ones(3, 2))
 param.grad = torch.ones(3, 2)
 MarsAdamW([param]).step()
-assert "hf_mars.optim.triton_kernels" not in sys.modules
+assert "{gpu.__package__}.triton_kernels" not in sys.modules
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 0

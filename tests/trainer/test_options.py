@@ -6,11 +6,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_helpers import cpu
 from transformers import TrainingArguments
 
 from hf_mars import MarsLion, MarsShampoo, MarsTrainingArguments
 from hf_mars.trainer import options
-from hf_mars.trainer.options import hyperparameters, options_of, parse_optim_args
+from hf_mars.trainer.options import hyperparameters, optimizer_cls_and_kwargs, options_of, parse_optim_args
 
 ALL_NAMES = list(options.VARIANTS)
 
@@ -177,3 +178,14 @@ def test_shampoo_needs_the_model(tmp_path):
     with pytest.raises(ValueError, match="needs the model"):
         options.optimizer_cls_and_kwargs(args, None)
     assert options.VARIANTS["mars_m"].optimizer_cls is MarsShampoo
+
+
+def test_the_trainer_says_where_it_is_missing(monkeypatch, caplog, tmp_path):
+    """The compiled step of CPUs, as where the package was installed without a C compiler."""
+    caplog.set_level("WARNING", "hf_mars")
+    args = TrainingArguments(str(tmp_path), optim="mars_adamw", use_cpu=True)
+    optimizer_cls_and_kwargs(args, None)
+    assert "compiled step of hf_mars is missing" not in caplog.text
+    monkeypatch.setattr(cpu, "_cpu", None)
+    optimizer_cls_and_kwargs(args, None)
+    assert "compiled step of hf_mars is missing" in caplog.text
