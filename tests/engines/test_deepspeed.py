@@ -17,6 +17,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
+def alone(launches):
+    """Of the settings that DeepSpeed takes."""
+    return {name: launches.alone(name) for name in UNCLIPPED}
+
+
+@pytest.fixture(scope="module")
 def deepspeed(launches):
     runs = []
     for name in UNCLIPPED:
