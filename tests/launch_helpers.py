@@ -25,7 +25,7 @@ def start(processes, script, *arguments, timeout=240, **environment):
 def launch(processes, script, *arguments, **options):
     """What a launch printed that must end well."""
     done = start(processes, script, *arguments, **options)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
     return done.stdout
 
 
