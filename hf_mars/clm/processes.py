@@ -1,26 +1,29 @@
-"""What the processes of a job do together before training. With one process nothing here does anything."""
+"""Steps that the processes of a job take together before training. With one process they do nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from .corpus import UsageError
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """Every process leaves this block at its end, or none does: what one process raises in it ends all of them.
+    """Every process leaves this block at its end, or none does: an exception in one of them ends all.
 
     Without it, the others would wait for that process in their next collective, until a timeout of half an hour.
     The block may hold collectives only if a process that fails in it still takes part in them.
 
     Raises:
-        UsageError: another process failed; the message says which, on which machine, and what it raised.
+        UsageError: another process failed; the message names it, its machine and its exception.
     """
     failure = None
     try:
@@ -36,7 +39,7 @@ def all_or_none() -> Iterator[None]:
 
 
 def check_same(value: Any, what: str) -> None:
-    """Raise UsageError in every process if value is not equal in all; the message names it as ``what``."""
+    """Raise UsageError in every process if value is not equal in all; the message calls it `what`."""
     values = gather_object([value])
     for process, other in enumerate(values):
         if other != values[0]:
@@ -46,10 +49,10 @@ def check_same(value: Any, what: str) -> None:
 
 
 @contextlib.contextmanager
-def main_processes_first(training_args, desc: str) -> Iterator[None]:
+def main_processes_first(training_args: TrainingArguments, desc: str) -> Iterator[None]:
     """Process 0 runs the block first, then the first process of every other node, then the rest.
 
-    What the block leaves in a cache is thus made once where the nodes share a disk, and once a node where they do not.
+    Entries that the block makes in a cache are thus made once where the nodes share a disk, else once per node.
     """
     with training_args.main_process_first(local=False, desc=desc), training_args.main_process_first(desc=desc):
         yield

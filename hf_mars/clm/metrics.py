@@ -1,11 +1,18 @@
 """Metrics of causal language models, computed without the network and without keeping logits."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import evaluate
 import numpy as np
+import numpy.typing as npt
 import torch
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
 
 IGNORED_LABEL = -100
 
@@ -31,7 +38,7 @@ class NextTokenAccuracy(evaluate.Metric):
     labels from every process first; `num_process > 1` (evaluate's own merging over files) raises ValueError.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.num_process != 1:
             raise ValueError(
@@ -39,11 +46,11 @@ class NextTokenAccuracy(evaluate.Metric):
             )
         self._reset()
 
-    def _reset(self):
+    def _reset(self) -> None:
         self._correct = 0
         self._total = 0
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         token_ids = datasets.Sequence(datasets.Value("int64"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -52,8 +59,12 @@ class NextTokenAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": token_ids, "references": token_ids}),
         )
 
-    def add_batch(self, *, predictions, references):
-        """Count a batch. Arrays, CPU tensors or nested lists of shape (sequences, length); ValueError otherwise."""
+    def add_batch(self, *, predictions: npt.ArrayLike, references: npt.ArrayLike) -> None:
+        """Count a batch: arrays, CPU tensors or nested lists of integers, both of shape (sequences, length).
+
+        Raises:
+            ValueError: the shapes differ, or are others.
+        """
         predictions, references = np.asarray(predictions), np.asarray(references)
         if predictions.shape != references.shape or predictions.ndim != 2:
             raise ValueError(
@@ -65,11 +76,11 @@ class NextTokenAccuracy(evaluate.Metric):
         self._correct += int(np.count_nonzero((guesses == targets) & counted))
         self._total += int(np.count_nonzero(counted))
 
-    def add(self, *, prediction, reference):
-        """Count one sequence, two sequences of ids of shape (length,)."""
-        self.add_batch(predictions=[prediction], references=[reference])
+    def add(self, *, prediction: npt.ArrayLike, reference: npt.ArrayLike) -> None:
+        """Count one sequence: its predictions and its labels, both of shape (length,)."""
+        self.add_batch(predictions=np.asarray(prediction)[None], references=np.asarray(reference)[None])
 
-    def compute(self, *, predictions=None, references=None):
+    def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, float]:
         """{"accuracy": float} over all that was added, and over the given batch; then forget it all."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
@@ -83,24 +94,27 @@ class ComputeLanguageModelMetrics:
 
     Needs `preprocess_logits_for_metrics=losses_and_tokens`, so that logits never leave their batch. All three are
     means over the tokens that count. On several processes they are those of one: Trainer repeats sequences to fill the
-    last batch and counts them in its own loss, but leaves them out of what it gathers for this function. The loss goes
-    by Trainer's name for its own and takes its place.
+    last batch and counts them in its own loss, but does not gather them for this function. The loss has Trainer's
+    name for its own loss, and takes its place.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.metric = NextTokenAccuracy()
         self._reset()
 
-    def _reset(self):
+    def _reset(self) -> None:
         self._loss = 0.0
         self._tokens = 0
 
-    def __call__(self, prediction, compute_result=True):
-        """prediction: a transformers `EvalPrediction` of what losses_and_tokens returned and labels.
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Count a batch, or all of them.
+
+        Args:
+            prediction: the results of losses_and_tokens, as arrays or tensors, and the labels.
 
         Returns:
-            {"loss": mean cross entropy in nats a token, "perplexity": float, "accuracy": float}, over all calls since
-            the last with a result; {} where compute_result is False.
+            {"loss": mean cross entropy in nats per token, "perplexity": float, "accuracy": float}, over all calls
+            since the last with a result; {} where compute_result is False.
         """
         losses, tokens = map(_to_numpy, prediction.predictions)
         labels = _to_numpy(prediction.label_ids)
@@ -114,12 +128,16 @@ class ComputeLanguageModelMetrics:
         return {"loss": loss, "perplexity": perplexity(loss), **self.metric.compute()}
 
 
-def _to_numpy(array):
+def _to_numpy(array: Any) -> npt.NDArray[Any]:
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
 
-def losses_and_tokens(logits, labels):
-    """What evaluation needs of the logits of a batch, row by row, so that rows can be gathered and left out.
+def losses_and_tokens(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reduce the logits of a batch to two tensors that evaluation needs, with a row per sequence.
+
+    Trainer gathers the rows of all processes and leaves out those that it repeated to fill a batch.
 
     Args:
         logits: shape (sequences, length, vocabulary). Some models return more; these come first in the tuple.
@@ -138,7 +156,7 @@ def losses_and_tokens(logits, labels):
     return torch.stack(losses), logits.argmax(dim=-1)
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> float:
     """exp of a mean loss in nats per token; inf where that exceeds the largest float, nan for nan."""
     try:
         return math.exp(loss)

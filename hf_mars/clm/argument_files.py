@@ -1,4 +1,4 @@
-"""Files of arguments, yaml or json, and the command lines that they stand for."""
+"""Files of arguments, yaml or json, and the words of a command line that they stand for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .corpus import UsageError
+from .errors import UsageError
 
 # These take "key=value,key=value", which a file may write as a mapping.
 KEY_VALUE_ARGUMENTS = ("optim_args", "config_overrides")
@@ -51,7 +51,7 @@ def values_of_file(path: Path, included_by: tuple[Path, ...] = ()) -> dict[str, 
     names = values.pop("include", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UsageError(f"{path}: include: {names!r}: must be a list of files")
-    merged = {}
+    merged: dict[str, Any] = {}
     for name in names:
         including = (*included_by, path.resolve())
         if (path.parent / name).resolve() in including:
