@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import hf_mars.__main__
 from hf_mars import plot
-from hf_mars.corpus import UsageError
+from hf_mars.clm.errors import UsageError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("python", "torchrun", "accelerate", "sbatch", "make", "pip")

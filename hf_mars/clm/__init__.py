@@ -9,7 +9,7 @@ Importing this package imports nothing else. Its modules, each of which imports 
     bpe                Texts → a byte-level BPE
     blocks             Texts or TokenBins → blocks of tokens
     metrics            loss, perplexity and next-token accuracy
-    processes          what the processes of a job do together
+    processes          steps that the processes of a job take together
     arguments          the dataclasses of arguments
     argument_files     yaml and json files of arguments
     command_line       words of the command line → arguments

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_mars.metrics import (
+from hf_mars.clm.metrics import (
     IGNORED_LABEL,
     ComputeLanguageModelMetrics,
     NextTokenAccuracy,
