@@ -198,6 +198,8 @@ def check(command, model):
         assert all(name == "." or name in known for name in names - {"-e"}), names
     elif command[:2] == ("python", "run_clm.py"):
         execute_run_clm(arguments[1:], model)
+    elif command[:3] == ("python", "-m", "hf_mars.clm"):
+        execute_run_clm(arguments[2:], model)
     elif command[:3] == ("python", "-m", "hf_mars.plot"):
         draw(arguments[2:])
     elif program == "python" and arguments[0].startswith("benchmarks/"):
