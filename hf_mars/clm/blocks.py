@@ -120,7 +120,7 @@ class TokenBlocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             blocks = [block["input_ids"].numpy() for block in stream]
             features = datasets.Features(input_ids=datasets.Sequence(datasets.Value(token_dtype(tokenizer))))
             return cls(datasets.Dataset.from_dict({"input_ids": blocks}, features=features), block_size)
-        # The tokenizer's own pickle tells where it was loaded from; its content is what decides the tokens.
+        # The tokenizer's own pickle tells where it was loaded from; the tokens depend on its content alone.
         content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
         eos = tokenizer.eos_token_id if texts.append_eos else None
         tokens = texts.rows.map(

@@ -19,7 +19,7 @@ from .files import file_format, matching_files
 from .log import logger
 
 ROWS_PER_BATCH = 1000
-# A stream has no known length, so what depends on the amount of text looks at this many rows of it.
+# A stream has no known length: shares of it, and a tokenizer's training, count on this many rows.
 STREAM_WINDOW = 10_000
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset

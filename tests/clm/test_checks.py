@@ -1,4 +1,4 @@
-"""What cannot work is refused in one message that names the argument, its value and what is allowed."""
+"""Arguments that cannot work are refused in one message that names the argument, its value and what is allowed."""
 
 import pytest
 from clm_helpers import parse, run_main, write_documents, write_token_bin

@@ -119,7 +119,7 @@ def test_max_samples_count_blocks(tmp_path, caplog):
         *("--num_train_epochs", 1, "--max_train_samples", 12, "--max_eval_samples", 3),
     )
     assert (metrics["train_samples"], metrics["eval_samples"]) == (12, 3)
-    # However few blocks are used: what is reported are the tokens that no block could have held.
+    # However few blocks are used: the report is of the tokens that no block could have held.
     reports = dict(re.findall(r"(training|validation): ([\d,]+ tokens, .*)", caplog.text))
     assert reports.keys() == {"training", "validation"}
     for split, blocks in (("training", 12), ("validation", 3)):
