@@ -15,8 +15,8 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from ..optim import MarsAdamW, MarsLion, MarsShampoo, parameter_roles
-from ..optim.cpu import is_compiled
 from ..optim.hyperparameters import RANGES, check_hyperparameters
+from ..optim.kernels.cpu import is_compiled
 from ..optim.mars import Mars
 from .arguments import BETA_DEFAULTS, MarsTrainingArguments, transformers_default
 from .engines import check_engine

@@ -61,7 +61,7 @@ class MarsTrainer(Trainer):
         if exact is not None:
             if self.args.fp16 or self.accelerator.scaler is not None:
                 raise ValueError("optim_args exact=true does not work with fp16=True; use bf16=True or full precision")
-            exact._forget_previous_point()  # of an update that broke off, where training starts again
+            exact.forget_previous_point()  # of an update that broke off, where training starts again
         return optimizer
 
     def _exact_optimizer(self) -> Mars | None:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .correction import momentum
-from .sharding import local
 
 
 def lion(
-    params: list[Tensor], c: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], *, gamma: float
+    params: list[Tensor],
+    c: list[Tensor],
+    exp_avgs: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    weight_decay: float,
+    gamma: float,
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( sign(m_t) + λ x ).
 
-    Modifies the parameters and "exp_avg" in their state; not ``c``. ``gamma`` is passed on to
-    :func:`~hf_mars.optim.correction.momentum`.
+    Modifies the parameters and `exp_avgs`; not `c`. `gamma` is for `correction.momentum`.
     """
-    exp_avgs = [local(state["exp_avg"]) for state in states]
-    for x, e, c_piece in cache_sized([local(param) for param in params], exp_avgs, c):
-        m = momentum(e, c_piece, beta1=group["betas"][0], gamma=gamma)
-        if group["weight_decay"]:
-            torch._foreach_mul_(x, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(x, torch._foreach_sign(m), alpha=-group["lr"])
+    for x, e, c_piece in cache_sized(params, exp_avgs, c):
+        m = momentum(e, c_piece, beta1=beta1, gamma=gamma)
+        if weight_decay:
+            torch._foreach_mul_(x, 1 - lr * weight_decay)
+        torch._foreach_add_(x, torch._foreach_sign(m), alpha=-lr)
 
 
 # Elements of a piece: three float32 pieces and a temporary one fit a core's cache, and Python's share stays small.
@@ -37,12 +40,13 @@ def cache_sized(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """Cut lists of equally shaped tensors into pieces for elementwise work that passes over them several times.
 
     On CPUs the passes after the first then find their operands in the cache; the memory bus is the bottleneck there.
-    Accelerators, sharded and strided tensors get the lists as they are.
+    Tensors on accelerators and strided ones are left as they are.
     """
     if not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.is_contiguous() for ts in lists for t in ts):
         yield lists
         return
-    small, elements = [], 0  # tensors for one piece
+    small: list[tuple[Tensor, ...]] = []  # tensors for one piece
+    elements = 0
     for tensors in zip(*lists, strict=True):
         if tensors[0].numel() >= PIECE:
             for pieces in zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True):

@@ -1,22 +1,22 @@
 """The Triton kernels of gpu.py: the step of MARS-AdamW and MARS-Lion for many tensors at once.
 
-A program works on BLOCK elements of one tensor. ``table`` has a column for each tensor, and in rows of ``stride``
-entries what the first names below say; ``numbers`` are the hyperparameters in float64, since a kernel's own float
-arguments are float32. ``tensor_of_block`` leads from a program to its tensor. WIDE is the dtype that everything is
-computed in.
+Each program updates BLOCK elements of one tensor; `tensor_of_block` says of which. `table` describes the tensors: it
+has a column for each, and a row for each of the names SIZE to COMPENSATION below; one row takes `stride` entries.
+`numbers` are the hyperparameters, in float64, since float arguments of a kernel would be float32. WIDE is the dtype
+that everything is computed in.
 
-The equations are those of correction.py, adamw.py and lion.py.
+The equations are those of algorithm/correction.py, adamw.py and lion.py.
 """
 
 import triton
 import triton.language as tl
 
-# Rows of the table: element counts, the first of a tensor's blocks (and of those of the one after it), addresses.
+# Rows of the table. A tensor's blocks are FIRST_BLOCK of its own column up to that of the next column.
 SIZE: tl.constexpr = tl.constexpr(0)
 FIRST_BLOCK: tl.constexpr = tl.constexpr(1)
-X: tl.constexpr = tl.constexpr(2)
+X: tl.constexpr = tl.constexpr(2)  # from here on, addresses
 G: tl.constexpr = tl.constexpr(3)
-PREV: tl.constexpr = tl.constexpr(4)  # what κ's bracket subtracts
+PREV: tl.constexpr = tl.constexpr(4)  # g_prev: g_{t−1}, or ∇f(x_{t−1}, ξ_t)
 M: tl.constexpr = tl.constexpr(5)
 V: tl.constexpr = tl.constexpr(6)
 STEP: tl.constexpr = tl.constexpr(7)
@@ -108,9 +108,9 @@ def measure(
     AGAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Σ g² of every block; and Σ c² where ‖g_prev‖ does not let expect that it can be done without.
+    """Σ g² of every block; and Σ c² where ‖g_prev‖ is so large that ‖g‖ will hardly bound ‖c‖ below max_norm.
 
-    AGAIN: Σ c² of the tensors where that expectation was wrong, after all. Without CORRECTED, c is g.
+    AGAIN: Σ c² of the tensors of which ‖g‖ turned out too large for that. Without CORRECTED, c is g.
     """
     block = tl.program_id(0)
     k = tl.load(tensor_of_block + block)
@@ -155,7 +155,7 @@ def judge(
     WIDE: tl.constexpr,
     REDUCED: tl.constexpr,
 ):
-    """‖g‖ of a tensor, and what that tells of ‖c‖."""
+    """‖g‖ of a tensor, and whether it bounds ‖c‖ below max_norm."""
     k = tl.program_id(0)
     norm_of_g = tl.sqrt(_sum_of_blocks(sums_of_g, table, stride, k, WIDE, REDUCED))
     tl.store(norms_of_g + k, norm_of_g)
@@ -176,7 +176,7 @@ def prepare(
     knowledge,
     sums_of_g,
     sums_of_c,
-    scales,
+    clip_factors,
     step_sizes,
     inverse_root_bias2,
     WIDE: tl.constexpr,
@@ -185,7 +185,7 @@ def prepare(
     IS_ADAMW: tl.constexpr,
     REDUCED: tl.constexpr,
 ):
-    """A tensor's numbers: the factor of c̃ = scale · c; t ← t + 1, η/(1−β1^t) and 1/√(1−β2^t)."""
+    """A tensor's numbers: the clip's factor, c̃ = factor · c; t ← t + 1, η/(1−β1^t) and 1/√(1−β2^t)."""
     k = tl.program_id(0)
     if CLIPS:
         norm = tl.zeros((), dtype=WIDE)
@@ -194,7 +194,7 @@ def prepare(
         elif tl.load(knowledge + k) != SHORT:
             norm = tl.sqrt(_sum_of_blocks(sums_of_c, table, stride, k, WIDE, REDUCED))
         max_norm = tl.load(numbers + MAX_NORM).to(WIDE)
-        tl.store(scales + k, tl.where(norm <= max_norm, 1.0, max_norm / norm))  # NaN stays NaN
+        tl.store(clip_factors + k, tl.where(norm <= max_norm, 1.0, max_norm / norm))  # NaN stays NaN
     if IS_ADAMW:
         at_step = _pointer(table, STEP, stride, k, tl.float32)
         t = tl.load(at_step) + 1
@@ -214,7 +214,7 @@ def _update_block(
     k,
     offsets,
     size,
-    scales,
+    clip_factors,
     step_sizes,
     inverse_root_bias2,
     MASKED: tl.constexpr,
@@ -225,7 +225,7 @@ def _update_block(
     M_DTYPE: tl.constexpr,
     V_DTYPE: tl.constexpr,
     CORRECTED: tl.constexpr,
-    REMEMBERS: tl.constexpr,
+    KEEPS_LAST_GRAD: tl.constexpr,
     CLIPS: tl.constexpr,
     IS_ADAMW: tl.constexpr,
     COMPENSATED: tl.constexpr,
@@ -248,7 +248,7 @@ def _update_block(
         x += _load(at_compensation, offsets, size, MASKED, WIDE)
 
     if CLIPS:
-        c *= tl.load(scales + k)
+        c *= tl.load(clip_factors + k)
     m = _lerp(m, c, 1 - tl.load(numbers + BETA1), WIDE)
     _store(at_m, offsets, size, m, MASKED)
     if IS_ADAMW:
@@ -265,7 +265,7 @@ def _update_block(
     _store(at_x, offsets, size, x, MASKED)
     if COMPENSATED:
         _store(at_compensation, offsets, size, x - x.to(X_DTYPE).to(WIDE), MASKED)
-    if REMEMBERS:
+    if KEEPS_LAST_GRAD:
         _store(at_prev, offsets, size, tl.where(tl.abs(g) < float("inf"), g, 0.0), MASKED)
 
 
@@ -275,7 +275,7 @@ def update(
     numbers,
     tensor_of_block,
     stride,
-    scales,
+    clip_factors,
     step_sizes,
     inverse_root_bias2,
     WIDE: tl.constexpr,
@@ -285,7 +285,7 @@ def update(
     M_DTYPE: tl.constexpr,
     V_DTYPE: tl.constexpr,
     CORRECTED: tl.constexpr,
-    REMEMBERS: tl.constexpr,
+    KEEPS_LAST_GRAD: tl.constexpr,
     CLIPS: tl.constexpr,
     IS_ADAMW: tl.constexpr,
     COMPENSATED: tl.constexpr,
@@ -299,11 +299,11 @@ def update(
     size = tl.load(table + SIZE * stride + k)
     if start + BLOCK <= size:
         _update_block(
-            table, numbers, stride, k, offsets, size, scales, step_sizes, inverse_root_bias2, False, WIDE,
-            X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE, V_DTYPE, CORRECTED, REMEMBERS, CLIPS, IS_ADAMW, COMPENSATED,
+            table, numbers, stride, k, offsets, size, clip_factors, step_sizes, inverse_root_bias2, False, WIDE,
+            X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE, V_DTYPE, CORRECTED, KEEPS_LAST_GRAD, CLIPS, IS_ADAMW, COMPENSATED,
         )  # fmt: skip
     else:
         _update_block(
-            table, numbers, stride, k, offsets, size, scales, step_sizes, inverse_root_bias2, True, WIDE,
-            X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE, V_DTYPE, CORRECTED, REMEMBERS, CLIPS, IS_ADAMW, COMPENSATED,
+            table, numbers, stride, k, offsets, size, clip_factors, step_sizes, inverse_root_bias2, True, WIDE,
+            X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE, V_DTYPE, CORRECTED, KEEPS_LAST_GRAD, CLIPS, IS_ADAMW, COMPENSATED,
         )  # fmt: skip

@@ -123,12 +123,12 @@ def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in matrices]
     for i, x in enumerate(wide):
         stacks.setdefault((x.shape, x.dtype, x.device), []).append(i)
-    result: list[Tensor] = [None] * len(matrices)
+    results: dict[int, Tensor] = {}
     for (shape, _, device), indices in stacks.items():
         height = max(1, (STACKED_ON_CPU if device.type == "cpu" else STACKED) // max(1, shape.numel()))
         for start in range(0, len(indices), height):
             chosen = indices[start : start + height]
             stack = [wide[i] for i in chosen]
             for i, x in zip(chosen, _newton_schulz_of_a_stack(stack, steps), strict=True):
-                result[i] = x if wide[i] is matrices[i] else x.mT
-    return result
+                results[i] = x if wide[i] is matrices[i] else x.mT
+    return [results[i] for i in range(len(matrices))]

@@ -1,13 +1,14 @@
-/* The step in one pass over memory, with the clip two, for float32 parameters on CPUs: c_t, its clip, the moving
- * averages and the update.
+/* The step of MARS-AdamW and MARS-Lion for float32 parameters on CPUs: c_t, its clip, the moving averages and the update.
  *
- * torch has no kernel for it. Composed of torch's, MARS-AdamW moves 10 words a parameter through memory without the
- * clip and 11 with it. Here it is 8 without, since c_t is never stored, and 9 with the clip, less where g_t stays in the
- * cache between its norm and its update; 10 where g_prev's norm says beforehand that the bound in is_short() will not do
- * and c_t must be measured itself, 11 where that comes as a surprise.
+ * Memory traffic is the cost of a step, so this is about words (float32 numbers read or written) per parameter. torch's
+ * kernels, one after the other, move 11 words for MARS-AdamW. Here it is 8 without the clip, since
+ * c_t is never stored. With the clip the norm ‖c_t‖ must be known before the first update, so g_t is read once more: 9
+ * words, fewer where g_t stays in the cache in between. That is enough where ‖g_t‖ and ‖g_prev‖ bound ‖c_t‖ below
+ * max_norm, see is_short(). Elsewhere c_t itself is measured, and stored: 10 words where ‖g_prev‖ lets expect it, 11
+ * where ‖g_t‖ comes as a surprise.
  *
- * cpu.py is the only caller; it checks shapes, dtypes and layout. The equations are those of correction.py, adamw.py
- * and lion.py, and tests/test_cpu_kernel.py holds the two against each other.
+ * cpu.py is the only caller; it checks shapes, dtypes and layout. The equations are those of algorithm/correction.py,
+ * adamw.py and lion.py, and tests/optim hold the two against each other.
  *
  * Threads are OpenMP's. The library is linked without an OpenMP runtime on purpose: torch has loaded its own, and two
  * pools of threads would fight over the cores.
@@ -119,14 +120,14 @@ static inline float lerp(float start, float end, float weight)
 /* m = β1 m + (1−β1) c̃;  v = β2 v + (1−β2) c̃²;  x = (1−ηλ) x − η/(1−β1^t) m / (√v/√(1−β2^t) + ε)
  * Returns the largest magnitude of c̃. */
 FOR_EACH_PROCESSOR
-static int32_t adamw(Pointers at, int64_t n, Settings s, float scale)
+static int32_t adamw(Pointers at, int64_t n, Settings s, float clip_factor)
 {
     float *restrict x = at.x, *restrict m = at.m, *restrict v = at.v;
     const float *restrict g = at.g, *restrict g_prev = at.g_prev;
     const float kappa = s.kappa;
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
-        float c = scale * C(i);
+        float c = clip_factor * C(i);
         float m_i = lerp(m[i], c, s.weight1);
         float v_i = s.beta2 * v[i] + s.weight2 * c * c;
         m[i] = m_i;
@@ -146,14 +147,14 @@ static inline float sign(float a)
 /* m = β1 m + (1−β1) c̃;  x = (1−ηλ) x − η sign(m). With γ > 0 the kept average is e of the plain g = c, and
  * m = (1−γ) e + γ g. Returns the largest magnitude of c̃. */
 FOR_EACH_PROCESSOR
-static int32_t lion(Pointers at, int64_t n, Settings s, float scale)
+static int32_t lion(Pointers at, int64_t n, Settings s, float clip_factor)
 {
     float *restrict x = at.x, *restrict e = at.m;
     const float *restrict g = at.g, *restrict g_prev = at.g_prev;
     const float kappa = s.kappa;
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
-        float c = scale * C(i);
+        float c = clip_factor * C(i);
         float e_i = lerp(e[i], c, s.weight1);
         e[i] = e_i;
         x[i] = s.decay * x[i] - s.lr * sign(s.gamma ? lerp(e_i, c, s.gamma) : e_i);
@@ -233,14 +234,14 @@ static void update(const Step *step, int64_t k, int64_t from, int64_t to, int th
 {
     const Settings *s = &step->settings;
     const float *g_prev = step->g_prev ? step->g_prev[k] : step->g[k], *g = step->g[k];
-    float scale = 1;
+    float clip_factor = 1;
     if (s->max_norm) {
         int is_corrected = is_corrected_first(step, k) || is_corrected_late(step, k, threads);
         if (is_corrected)
             g = g_prev;         /* c_t is in g_prev's place */
         if (is_corrected || !step->g_prev) {
             double length = is_corrected ? norm_of_c(step, k, threads) : norm_of_g(step, k, threads);
-            scale = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
+            clip_factor = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
         }
     }
     Pointers at = {step->x[k] + from, step->m[k] + from, NULL, g + from, g_prev + from, 0, 0};
@@ -250,7 +251,7 @@ static void update(const Step *step, int64_t k, int64_t from, int64_t to, int th
         at.step_size = (float)(step->lr / (1 - pow(step->beta1, t)));
         at.inverse_root_bias2 = (float)(1 / sqrt(1 - pow(step->beta2, t)));
     }
-    int32_t largest = (step->v ? adamw : lion)(at, to - from, *s, scale);
+    int32_t largest = (step->v ? adamw : lion)(at, to - from, *s, clip_factor);
     int32_t *known = &step->largest[thread * step->count + k];
     *known = largest > *known ? largest : *known;
 }
