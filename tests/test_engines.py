@@ -16,7 +16,7 @@ from trainer_helpers import CountSteps, losses, train
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, modelcard
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
-from hf_mars.trainer.options import VARIANTS
+from hf_mars.trainer.names import VARIANTS
 
 # One fixture starts up to four launches, each with a timeout of its own.
 pytestmark = pytest.mark.timeout(1200)
