@@ -61,7 +61,7 @@ def _refuse(message: str) -> NoReturn:
 
 # Python itself calls this function for modules, folders and zip files. The public functions of runpy would change
 # sys.argv and restore the old `__main__` while threads and exit handlers of the script still need it.
-_run_module_as_main = runpy._run_module_as_main  # type: ignore[attr-defined]  # private
+_run_module_as_main = runpy._run_module_as_main  # type: ignore[attr-defined]  # no stub has a private name
 
 
 def _run_module(argv: list[str]) -> None:

@@ -63,7 +63,7 @@ class MarsDiagnosticsCallback(TrainerCallback):
     ) -> None:
         mars = mars_optimizer(optimizer)
         if mars is not None and self._will_log(args, state, kwargs.get("train_dataloader")):
-            # Not yet: a gradient scaler (fp16) may unscale the gradients only on its way to step().
+            # Measured only in step(): a gradient scaler (fp16) may unscale the gradients as late as on its way there.
             self._hook = mars.register_step_pre_hook(self._measure)
 
     def _measure(self, optimizer: Mars, args: tuple, kwargs: dict) -> None:

@@ -1,4 +1,4 @@
-"""MARS's optimizer names: values of `TrainingArguments.optim` and `--optim`, and what each of them stands for.
+"""MARS's optimizer names: values of `TrainingArguments.optim` and `--optim`, and the optimizer that each stands for.
 
 Imports the standard library alone, since `import hf_mars` imports it.
 """

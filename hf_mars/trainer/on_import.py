@@ -27,7 +27,7 @@ def when_imported(name: str, change: Change) -> None:
 
     Args:
         name: a module.
-        change: may be called more than once for one module. What it imports must not import the module.
+        change: may be called more than once for one module. It must import nothing that imports the module.
     """
     _changes[name] = change
     if _FINDER not in sys.meta_path:

@@ -40,7 +40,7 @@ class Option(NamedTuple):
     is_allowed: Callable[[Any], bool]
 
 
-# ---- reading of values ----
+# ---- values ----
 
 
 def _float(text: str) -> float:
@@ -218,7 +218,7 @@ def checked_settings(args: TrainingArguments) -> tuple[type[Mars], dict[str, Any
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[Mars], dict[str, Any]]:
-    """Does for a MARS name what `Trainer.get_optimizer_cls_and_kwargs` is for; logs the hyperparameters.
+    """The counterpart of `Trainer.get_optimizer_cls_and_kwargs` for MARS names; logs the hyperparameters.
 
     Args:
         args: see `checked_settings`.
