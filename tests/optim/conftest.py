@@ -18,8 +18,10 @@ def execution(request):
 
 @pytest.fixture
 def calls(execution, monkeypatch):
-    """Counts the steps that the execution took."""
+    """The batches that the execution took."""
     counted = []
     step = execution.module.step
-    monkeypatch.setattr(execution.module, "step", lambda *args: (counted.append(1), step(*args))[1])
+    monkeypatch.setattr(
+        execution.module, "step", lambda batches, *rest: (counted.extend(batches), step(batches, *rest))[1]
+    )
     return counted
