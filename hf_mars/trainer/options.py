@@ -13,12 +13,8 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-<<<<<<< HEAD
-from ..optim import MarsAdamW, MarsLion, MarsShampoo, parameter_roles
-=======
 from .. import optim
 from ..optim import MarsShampoo, parameter_roles
->>>>>>> w/trainer
 from ..optim.hyperparameters import RANGES, check_hyperparameters
 from ..optim.kernels.cpu import is_compiled
 from ..optim.mars import Mars
