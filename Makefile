@@ -5,7 +5,7 @@ SOURCES := hf_mars tests benchmarks run_clm.py setup.py
 
 .PHONY: demo test quality style docs clean
 
-$(VENV)/.installed: setup.py setup.cfg pyproject.toml constraints.txt hf_mars/optim/_cpu.c
+$(VENV)/.installed: setup.py setup.cfg pyproject.toml constraints.txt hf_mars/optim/kernels/_cpu.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[plot,test,quality,docs]"
