@@ -27,6 +27,7 @@ def test_training_and_evaluation_are_on_unless_one_is_chosen(arguments, expected
 LEARNING_RATES = {"mars_adamw": 1e-2, "mars_lion": 2e-3, "mars_shampoo": 3e-2, "mars_m": 1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", LEARNING_RATES)
 def test_the_command_trains_and_saves(optim, tmp_path):
     run = run_script(
@@ -77,6 +78,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, program, arguments
     assert error.count("\n") == 1 and error.endswith("\n")
 
 
+@pytest.mark.slow
 def test_the_command_fails_in_one_line_before_anything_is_made(tmp_path):
     run = run_script("--optim", "mars_adamw", "--optim_args", "gamm=0.1", "--output_dir", "x", cwd=tmp_path)
     assert run.returncode == 2
@@ -95,6 +97,7 @@ def test_help_names_the_program_and_every_argument(monkeypatch, capsys, program)
     assert "--lora_r" in printed and "--global_batch_size" in printed and "--optim_args" in printed
 
 
+@pytest.mark.slow
 def test_the_package_trains_without_a_checkout(tmp_path):
     """As after `pip install`: from another folder, on the novel in the package."""
     run = run_script(
