@@ -13,10 +13,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from launch_helpers import ROOT
 
 from hf_mars.clm import run as run_clm
-
-ROOT = Path(__file__).parent.parent
 
 TINY_MODEL = ["--config_overrides", "n_layer=1,n_head=2,n_embd=32,n_positions=32", "--vocab_size", "300"]
 QUIET = ["--disable_tqdm", "true", "--report_to", "none", "--use_cpu", "true"]

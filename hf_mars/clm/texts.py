@@ -108,8 +108,8 @@ def load_texts(
     """Load the texts of the splits "train" and "validation", as far as there are any.
 
     The source is a data set of the Hub (or a local folder of one), local files, or, when none is named, the packaged
-    novel. In files and data sets the texts are in the column text_column; if that is None, in "text", else in the first
-    column of strings.
+    novel. In files and data sets the texts are in the column text_column; if that is None, in "text", else in the
+    first column of strings.
 
     Without validation texts of its own, a source is split. The last validation_split_percentage per cent of the rows
     (of a text file: lines) are held out: a tail, since neighbouring rows of shuffled texts would tell on each other.

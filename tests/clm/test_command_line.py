@@ -3,7 +3,8 @@
 import runpy
 
 import pytest
-from clm_helpers import ROOT, TINY_MODEL, log_history, parse, run_script
+from clm_helpers import TINY_MODEL, log_history, parse, run_script
+from launch_helpers import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 

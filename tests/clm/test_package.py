@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from clm_helpers import ROOT
+from launch_helpers import ROOT
 
 import hf_mars.clm
 
