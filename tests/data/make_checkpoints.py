@@ -1,10 +1,11 @@
-"""Write what an earlier version saved, for tests/optim/test_old_checkpoints.py and tests/trainer/test_old_training.py.
+"""Write what an earlier version saved, for test_old_checkpoints.py and test_old_training.py.
 
-Usage: make_checkpoints.py FOLDER, with PYTHONPATH the checkout of the version that is to write; on a CPU. For every
-case FOLDER gets NAME.pt with "class" and "settings"; after three steps "params" and "optimizer" (the state_dict);
-"gradients", and in the exact form "previous_gradients", of one step more; and "after" it the parameters and each key of
-the state, of all parameters in one vector. FOLDER/trainer gets optimizer.pt and training_args.bin of a checkpoint of
-transformers' Trainer.
+Usage: make_checkpoints.py FOLDER, with PYTHONPATH the checkout of the version that is to write; on a CPU.
+
+For every case FOLDER gets NAME.pt with "class" and "settings"; after three steps "params" and "optimizer" (the
+state_dict); "gradients", and in the exact form "previous_gradients", of one step more; and "after" it the parameters
+and each key of the state, of all parameters in one vector. FOLDER/trainer gets optimizer.pt and training_args.bin of a
+checkpoint that transformers' Trainer wrote.
 """
 
 import copy

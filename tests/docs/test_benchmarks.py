@@ -9,6 +9,8 @@ from clm_helpers import run_clm
 from launch_helpers import ROOT, launch
 from transformers import GPT2Config
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = ROOT / "benchmarks"
 TINY_RUN = "--max_steps 1 --max_eval_samples 1 --block_size 16 --per_device_train_batch_size 2 --use_cpu".split()
 TINY_MODEL = ["--config_overrides", "n_layer=1,n_head=2,n_embd=32,n_positions=64"]

@@ -110,6 +110,7 @@ def local(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_two_steps_at_reduced_size(path, local, tmp_path):
     run_clm.main([str(argument) for argument in (path, *ON_A_CPU, *QUIET, *local, "--output_dir", tmp_path)])
@@ -124,6 +125,7 @@ def check_two_steps(path, output_dir):
     assert {entry["step"] for entry in history if "eval_loss" in entry} == {2}
 
 
+@pytest.mark.slow
 def test_a_recipe_on_two_processes_with_a_sample(local, tmp_path):
     """As docs/recipes.md starts it; one process of the two prints a sample."""
     path = ROOT / "recipes" / "gpt2_small_mars_openwebtext.yaml"

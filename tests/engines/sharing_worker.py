@@ -144,7 +144,7 @@ def check_pieces(world):
 
 def main():
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     found = {}
     check_functions(dist.get_world_size(), found)
     check_optimizers(dist.get_world_size(), found)

@@ -5,7 +5,7 @@ from engine_helpers import EVERY_SETTING, SETTINGS, STOCK, a_run, check_resumed,
 from launch_helpers import start
 
 # One fixture starts up to four launches, each with a timeout of its own.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,13 @@ from engine_helpers import (
 )
 
 # One fixture starts up to four launches, each with a timeout of its own.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def alone(launches):
+    """Of the settings that DeepSpeed takes."""
+    return {name: launches.alone(name) for name in UNCLIPPED}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ from distributed_worker import OPTIONS
 from helpers import EVERY_METHOD
 from launch_helpers import launch
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = {
     "ddp": 2,
     "ddp_bucket_view": 2,

@@ -15,7 +15,7 @@ from engine_helpers import (
 )
 
 # One fixture starts up to four launches, each with a timeout of its own.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

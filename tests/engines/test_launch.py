@@ -133,6 +133,7 @@ def check_same_run(output_dir, expected_dir, printed):
         assert values == pytest.approx(expected_values, rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_one_launch_of_two_processes_equals_one_process(one_process, tmp_path):
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch = accelerate_launch(*flags.split(), "--main_process_port", "0", processes=2, output_dir="out")
@@ -140,6 +141,7 @@ def test_one_launch_of_two_processes_equals_one_process(one_process, tmp_path):
     check_same_run(tmp_path / "out", one_process, printed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_a_launch_with_deepspeed_equals_one_process(tmp_path):
     unclipped = ["--optim", "mars_adamw", "--learning_rate", "0.003", "--optim_args", "max_norm=none"]
@@ -160,6 +162,7 @@ def two_nodes(address, port):
     return [accelerate_launch(*common, "--machine_rank", str(r), processes=2, output_dir="out") for r in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_nodes_on_loopback_equal_one_process(one_process, tmp_path):
     printed = run_together(lambda port: [({}, launch) for launch in two_nodes("127.0.0.1", port)], tmp_path)
     check_same_run(tmp_path / "out", one_process, printed[0])
@@ -168,6 +171,7 @@ def test_two_nodes_on_loopback_equal_one_process(one_process, tmp_path):
         assert line in printed[0] and line not in printed[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_on_one_node_ends_the_launches_of_both(tmp_path):
     def kill_on_the_second(running, logs):
         deadline = time.monotonic() + 100
@@ -214,6 +218,7 @@ def network_namespaces():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
 
 
+@pytest.mark.slow
 def test_two_nodes_with_their_own_addresses_equal_one_process(one_process, tmp_path, network_namespaces):
     def commands(port):
         launches = two_nodes(network_namespaces[0][2], port)
@@ -244,6 +249,7 @@ def two_by_two(one_process, tmp_path_factory):
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_evaluation_counts_every_block_once(two_by_two, one_process, tmp_path, blocks):
     expected = run_main(
@@ -264,6 +270,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_process_that_fails_alone_ends_all(two_by_two, name):
     """Both processes of node 1 lack the text or have the full folder; the other two learn of the first of them."""
@@ -275,6 +282,7 @@ def test_a_process_that_fails_alone_ends_all(two_by_two, name):
         assert said.startswith(expected), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -291,6 +299,7 @@ def test_nodes_that_see_different_files_are_refused(two_by_two, name, message):
         assert results["refusals"][name].startswith(f"UsageError: {message}")
 
 
+@pytest.mark.slow
 def test_data_are_prepared_once_on_a_shared_disk_and_once_a_node_on_separate_ones(two_by_two):
     tokenised = {
         name: [results["preparations"][name].get("tokenize", 0) > 0 for results in two_by_two]
@@ -309,11 +318,13 @@ def test_data_are_prepared_once_on_a_shared_disk_and_once_a_node_on_separate_one
         }
 
 
+@pytest.mark.slow
 def test_results_are_written_by_the_first_process_alone(two_by_two):
     assert two_by_two[0]["files"] == ["evaluated/all_results.json", "evaluated/eval_results.json"]
     assert two_by_two[2]["files"] == []  # node 1 has a folder of its own
 
 
+@pytest.mark.slow
 def test_nodes_with_disks_of_their_own_resume_what_each_has_saved(two_by_two):
     hashes = [digest for results in two_by_two for digest in results["resumed"]]
     assert len(hashes) == 12 and len(set(hashes)) == 1  # on both nodes, resumed in the middle, at the end or not

@@ -32,12 +32,13 @@ def counted(request):
         env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return request.param, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", communication.ENGINES)
 def test_counted_bytes_are_those_of_the_formulas(counted, engine):
     """Every variant that the engine runs was counted: state, weights, gradients, and collectives by kind."""

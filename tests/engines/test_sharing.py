@@ -5,6 +5,8 @@ import json
 import pytest
 from launch_helpers import launch
 
+pytestmark = pytest.mark.slow
+
 MATRICES = 7  # of sharing_worker.py
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import METHODS, assert_close, make_gradients, make_params, values
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("max_norm", [1.0, None])
 @pytest.mark.parametrize("method", ["mars_adamw", "mars_lion", "mars_shampoo"])

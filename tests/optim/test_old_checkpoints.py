@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions (tests/data/make_checkpoints.py): loaded bit for bit, and a step from them as it was.
+"""Checkpoints of earlier versions (tests/data/make_checkpoints.py): loaded bit for bit; a step from them as it was.
 
 The step is compared to rounding, not bit for bit: norms and matrix products are added up in an order that depends on
 the processor's vector units, and the files come from one processor. Where they were written, the bits are equal too.

@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu.is_interpreted(), reason="these tests start the interpreter themselves")
 @pytest.mark.parametrize(
     ("file", "chosen"),
@@ -57,6 +58,7 @@ def floats(*names):
     return dict.fromkeys(names, "*fp32")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu.is_interpreted(), reason="nothing is compiled then")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

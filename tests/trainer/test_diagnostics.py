@@ -257,6 +257,7 @@ def test_no_gradients_or_zero_ones():
     assert step_diagnostics(optimizer) == {"clipped_fraction": 0.0, "lr_matrix": 3e-3, "lr_1d": 1.5e-3}
 
 
+@pytest.mark.slow
 def test_sharded_parameters_give_the_whole_tensors_values():
     """FSDP2 on two processes against one process, float64."""
     alone, sharded = json.loads(launch(2, "engines/diagnostics_worker.py").strip().splitlines()[-1])

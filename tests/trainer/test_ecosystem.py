@@ -80,6 +80,7 @@ def trainable(model):
 # ---- TRL ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim_args", ["gamma=0.05", "gamma=0.05,max_norm=none"])
 def test_sft_trainer(tmp_path, tokenizer, optim_args):
     from trl import SFTConfig, SFTTrainer
@@ -95,6 +96,7 @@ def test_sft_trainer(tmp_path, tokenizer, optim_args):
     assert trainer.state.log_history[1].keys() >= {"mean_token_accuracy", "mars/correction_ratio"}
 
 
+@pytest.mark.slow
 def test_dpo_trainer(tmp_path, tokenizer):
     from trl import DPOConfig, DPOTrainer
 
@@ -110,6 +112,7 @@ def test_dpo_trainer(tmp_path, tokenizer):
     assert all(torch.equal(a, b) for a, b in zip(frozen, reference.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_trls_command_line(tmp_path, saved_model):
     """python -m hf_mars -m trl.scripts.sft: a script of others, a local model, a local data set."""
     command = [sys.executable, "-m", "hf_mars", "--mars_diagnostics", "-m", "trl.scripts.sft"]
@@ -146,6 +149,7 @@ def test_seq2seq_trainer(tmp_path, tokenizer):
     assert trainer.predict(rows).predictions.shape[0] == len(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules_to_save", [None, ["lm_head", "ln_f"]])
 @pytest.mark.parametrize(("optim", "optimizer_cls"), [("mars_adamw", MarsAdamW), ("mars_m", MarsShampoo)])
 def test_lora(tmp_path, optim, optimizer_cls, modules_to_save):
@@ -191,6 +195,7 @@ class OptimizerRecorder(TrainerCallback):
         self.seen.append((type(optimizer), group["gamma"], group["betas"], group["initial_lr"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer_cls", [Trainer, MarsTrainer])
 def test_hyperparameter_search_over_optim_args(tmp_path, trainer_cls):
     """What optuna chose is what each trial's new optimizer has; the best run can be trained again."""
@@ -225,6 +230,7 @@ def test_hyperparameter_search_over_optim_args(tmp_path, trainer_cls):
     assert best.hyperparameters in trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim_args", ["gamma=0.05", "gamma=0.05,exact=true"])
 def test_auto_find_batch_size(tmp_path, optim_args):
     """Out of memory in the middle of a run: it starts over with smaller batches. Weights and optimizer go on, as the

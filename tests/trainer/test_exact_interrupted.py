@@ -110,6 +110,7 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_in_the_middle_of_an_update_leaves_nothing_to_the_next(tmp_path):
     finals = []
     for stop in (True, False):
@@ -173,6 +174,7 @@ def test_batches_that_an_epoch_leaves_over_keep_both_gradients(tmp_path):
     assert_equal(values(model.parameters()), weights(trainer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_previous_point", [True, False])
 def test_auto_find_batch_size(tmp_path, at_previous_point):
     """Out of memory at either evaluation of the third update: all parameters are x_t when the Trainer starts again."""

@@ -71,6 +71,7 @@ def test_the_run_of_a_plain_loop(tmp_path, optim):
     assert_close(values(model.parameters()), weights(trainer), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", NAMES)
 def test_accumulated_micro_batches_equal_one_large_batch(tmp_path, optim):
     """k = 4 micro-batches of 2 against one of 8, without dropout; the micro-batches' label counts differ."""
@@ -92,6 +93,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path, optim):
 # --- Random numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_random_stream_is_that_of_an_approx_run(tmp_path, k):
     """Callbacks and data draw the same numbers, and the first step, which has no correction, gives the same loss."""
@@ -178,6 +180,7 @@ def test_each_evaluation_is_clipped_by_its_own_norm(tmp_path, monkeypatch):
 # --- Around the steps
 
 
+@pytest.mark.slow
 def test_evaluation_and_checkpoints_in_between_change_nothing(tmp_path):
     """Without dropout and within an epoch: a data loader draws a seed, in every Trainer, and evaluation has one."""
     busy = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
@@ -192,6 +195,7 @@ def test_evaluation_and_checkpoints_in_between_change_nothing(tmp_path):
     assert recorders[0].drawn == recorders[1].drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", NAMES)
 def test_resuming_from_every_checkpoint_is_bit_exact(tmp_path, optim):
     """Through the first step's, which holds the first x_{t−1}, an epoch's end (4 updates, the last one short), and
@@ -210,6 +214,7 @@ def test_resuming_from_every_checkpoint_is_bit_exact(tmp_path, optim):
         assert again.drawn == recorder.drawn
 
 
+@pytest.mark.slow
 def test_totals(tmp_path):
     """Loss and tokens are those of x_t: data that was learned from. total_flos is work done, and counts both."""
     settings = {"gradient_accumulation_steps": 2, "include_num_input_tokens_seen": "all", "max_steps": 4}

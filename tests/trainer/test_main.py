@@ -11,6 +11,8 @@ import zipfile
 import pytest
 from launch_helpers import ROOT, TESTS
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = TESTS / "trainer" / "official_example.py"
 # This checkout is imported from other folders too; python's errors stay plain.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -75,7 +77,7 @@ def test_exit_code_and_traceback_are_pythons(tmp_path, ending, how):
 def run_both(folder, *arguments):
     """The same command by python and by python -m hf_mars."""
     command = [sys.executable, *arguments]
-    plain = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    plain = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     return plain, run(folder, *arguments)
 
 
@@ -234,7 +236,7 @@ if __name__ == "__main__":
     print(list(loader))
     queue = multiprocessing.get_context(method).Queue()
     start(child, pickle.dumps(TrainingArguments(output_dir="out", optim="mars_adamw")), True, queue)
-    print(queue.get(timeout=60), queue.get(timeout=60))
+    print(queue.get(timeout=240), queue.get(timeout=240))
 else:
     method = "spawn"
 """

@@ -1,4 +1,4 @@
-"""What transformers' Trainer saved with an earlier version: its optimizer.pt and training_args.bin load as they were."""
+"""optimizer.pt and training_args.bin that the Trainer saved with an earlier version load as they were."""
 
 import pytest
 import torch
