@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = {
     "trainer.py": ["--output_dir", "out", "--max_steps", "8", "--use_cpu", "--disable_tqdm", "true"],
