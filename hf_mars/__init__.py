@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .trainer.param_groups import param_groups
     from .trainer.trainer import MarsTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MarsAdamW",
