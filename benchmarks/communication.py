@@ -6,7 +6,7 @@
 
 The counts are of a small Llama in bfloat16 mixed precision, which the files in docs/launch/ set. Engines are ddp,
 fsdp2, zero1, zero2 and zero3 (these with DeepSpeed, and DS_ACCELERATOR=cpu where there is no GPU).
-tests/test_scaling.py compares them with the formulas, to the byte.
+tests/engines/test_scaling.py compares them with the formulas, to the byte.
 """
 
 import argparse
