@@ -8,6 +8,7 @@ rank's keys of the optimizer state and what a model card says of the optimizer.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -66,6 +67,7 @@ def state_keys(trainer):
 
 def main(plan):
     torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, which takes longer than its training otherwise
     engine, processes = plan["engine"], plan["processes"]
     if engine == "fsdp2":
         let_accelerate_shard_on_cpus()
