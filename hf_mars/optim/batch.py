@@ -73,8 +73,9 @@ class Batch:
         yield self._piece(slice(start, None))
 
     def _piece(self, chosen: slice) -> Batch:
-        lists: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: values[chosen] for name, values in lists.items() if isinstance(values, list)})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values.update({name: value[chosen] for name, value in values.items() if isinstance(value, list)})
+        return replace(self, **values)
 
 
 def collect(

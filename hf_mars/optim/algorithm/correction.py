@@ -50,9 +50,10 @@ def clipped(c: list[Tensor], norms: list[Tensor] | list[float], max_norm: float,
         torch._foreach_div_(c, denominators)
         return c
     # Most tensors are below max_norm most of the time, and a pass over memory is the cost of a step on a CPU.
+    lengths = [float(norm) for norm in norms]
     return [
-        x if norm <= max_norm else (x.div_ if in_place else x.div)(norm / max_norm)
-        for x, norm in zip(c, norms, strict=True)
+        x if length <= max_norm else (x.div_ if in_place else x.div)(length / max_norm)
+        for x, length in zip(c, lengths, strict=True)
     ]
 
 
