@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import METHODS, make, make_gradients, make_params, run_steps, values
 
-from hf_mars.optim import cpu, gpu
+from hf_mars.optim.kernels import cpu, gpu
 
 FUSED = [method for method, (_, _, update) in METHODS.items() if update in ("adamw", "lion")]
 EVERY_FUSED = pytest.mark.parametrize("method", FUSED)

@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import hf_mars.__main__
 from hf_mars import plot
-from hf_mars.corpus import UsageError
+from hf_mars.clm.errors import UsageError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("python", "torchrun", "accelerate", "sbatch", "make", "pip")
@@ -199,6 +199,8 @@ def check(command, model):
         assert all(name == "." or name in known for name in names - {"-e"}), names
     elif command[:2] == ("python", "run_clm.py"):
         execute_run_clm(arguments[1:], model)
+    elif command[:3] == ("python", "-m", "hf_mars.clm"):
+        execute_run_clm(arguments[2:], model)
     elif command[:3] == ("python", "-m", "hf_mars.plot"):
         draw(arguments[2:])
     elif program == "python" and arguments[0].startswith("benchmarks/"):

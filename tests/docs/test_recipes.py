@@ -8,9 +8,11 @@ import pytest
 from clm_helpers import QUIET, log_history, run_clm, write_documents
 from launch_helpers import ROOT, run_together
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from hf_mars.argument_files import values_of_file
-from hf_mars.corpus import END_OF_TEXT, Texts, train_bpe
+from hf_mars.clm.argument_files import values_of_file
+from hf_mars.clm.bpe import END_OF_TEXT, train_bpe
+from hf_mars.clm.texts import Texts
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Per size: layers, heads, width, learning rates of MARS and AdamW, the authors' smallest learning rate.
@@ -97,7 +99,7 @@ def local(tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
     path = write_documents(folder / "text.jsonl")
     trained = train_bpe(Texts([{"text": "Document 1: word and an end."}]), 260)
-    tokenizer = run_clm.PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trained.to_str()), eos_token=END_OF_TEXT, bos_token=END_OF_TEXT
     )
     tokenizer.save_pretrained(folder / "tokenizer")

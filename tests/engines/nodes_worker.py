@@ -1,7 +1,7 @@
 """One process of "two nodes with two processes each" for tests/engines/test_launch.py.
 
 Usage: nodes_worker.py FOLDER MODEL, with the environment of torch.distributed. Node n works in FOLDER/node-n and
-shares no disk but FOLDER/shared. What each run of run_clm.main returned, or how it failed, is written to
+shares no disk but FOLDER/shared. What each run of hf_mars.clm returned, or how it failed, is written to
 FOLDER/rank-RANK.json.
 """
 
@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from clm_helpers import run_clm, run_main, write_documents
+from clm_helpers import run_main, write_documents
 
-from hf_mars import corpus
-from hf_mars.corpus import UsageError
+from hf_mars.clm import blocks, splits, tokenizer
+from hf_mars.clm.errors import UsageError
 
 BLOCKS = (1, 3, 5, 9)  # with 4 processes and batches of 2, none of them fills the last batch
 
@@ -85,17 +85,17 @@ def resume(rank):
     return [undisturbed, *(run("--resume_from_checkpoint", "true") for _ in range(2))]
 
 
-def failing(name, ranks):
-    """Make run_clm's function of that name raise an OSError in the processes `ranks`."""
-    function = getattr(run_clm, name)
+def failing(module, name, ranks):
+    """Make a module's function of that name raise an OSError in the processes `ranks`."""
+    function = getattr(module, name)
 
     def replacement(*arguments, **options):
         if dist.get_rank() in ranks:
             raise OSError("No space left on device")
         return function(*arguments, **options)
 
-    setattr(run_clm, name, replacement)
-    return lambda: setattr(run_clm, name, function)
+    setattr(module, name, replacement)
+    return lambda: setattr(module, name, function)
 
 
 def preparations(folder):
@@ -111,8 +111,8 @@ def preparations(folder):
 
         setattr(module, name, counted)
 
-    count(run_clm, "train_bpe")
-    count(corpus, "tokenize")
+    count(tokenizer, "train_bpe")
+    count(blocks, "tokenize")
     results = {}
     caches = {"own disks": "own", "shared disk": folder / "shared", "again": folder / "shared"}
     for name, cache_dir in {**caches, "overwritten": folder / "shared"}.items():
@@ -133,8 +133,8 @@ def main(folder, model):
     work.mkdir(exist_ok=True)
     os.chdir(work)
     results = {"evaluations": evaluate(model), "refusals": refusals(rank), "resumed": resume(rank)}
-    for name in ("load_texts", "train_bpe"):
-        restore = failing(name, ranks=[3] if name == "load_texts" else [0])
+    for module, name, ranks in ((splits, "load_texts", [3]), (tokenizer, "train_bpe", [0])):
+        restore = failing(module, name, ranks)
         results["refusals"][f"{name} fails"] = attempt("--output_dir", "out")
         restore()
     results["files"] = sorted(str(path) for path in Path().rglob("*") if path.parent.name in ("evaluated", "out"))

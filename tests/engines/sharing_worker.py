@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo, mars
-from hf_mars.optim.sharding import local, norms, on_whole_matrices
+from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo, composed
+from hf_mars.optim.sharding import WHOLE, norms_of_wholes, on_whole_matrices, part_of
 
 SHAPES = [(7, 4), (4, 7), (5, 5), (1, 3), (3, 1), (2, 3, 4), (6, 2)]
 
@@ -61,13 +61,14 @@ def check_functions(world, found):
         return [t * t.sum() + 1 for t in tensors]  # needs the whole
 
     expected = work(matrices)
-    shared = on_whole_matrices(work, matrices, matrices, dist.group.WORLD)
+    shared = on_whole_matrices(work, matrices, [WHOLE] * len(matrices), dist.group.WORLD)
     assert all(torch.equal(a, b) for a, b in zip(shared, expected, strict=True))
     for name, (mesh, placements) in layouts(world).items():
         params = [distribute_tensor(m, mesh, placements) for m in matrices]
-        parts = [local(p) for p in params]
+        parts = [part_of(p) for p in params]
+        tensors = [part.of(p) for part, p in zip(parts, params, strict=True)]
         found["worked on"] = 0
-        results = on_whole_matrices(work, parts, params, None)
+        results = on_whole_matrices(work, tensors, parts, None)
         mine = torch.tensor(found["worked on"])
         dist.all_reduce(mine)
         found[f"{name}: worked on by all ranks"] = mine.item()
@@ -77,7 +78,7 @@ def check_functions(world, found):
             ).full_tensor()
             assert torch.allclose(whole, e, rtol=1e-12), (name, e.shape)
         with Messages() as messages:
-            measured = norms(parts, params)
+            measured = norms_of_wholes(tensors, parts)
         found[f"{name}: reductions"] = messages.counts["all_reduce"]
         for value, m in zip(measured, matrices, strict=True):
             assert torch.allclose(value, m.norm(), rtol=1e-12), (name, m.shape)
@@ -126,7 +127,7 @@ def check_pieces(world):
     torch.manual_seed(0)
     values = [torch.randn(shape, dtype=torch.bfloat16) for shape in ((3, 8), (2, 8), (5, 8), (8, 5))]
     slopes = [[torch.randn_like(v) for v in values] for _ in range(3)]
-    before, mars.COPIED_AT_A_TIME = mars.COPIED_AT_A_TIME, 20
+    before, composed.COPIED_AT_A_TIME = composed.COPIED_AT_A_TIME, 20
     for cls in (MarsAdamW, MarsLion, MarsShampoo):
         finals = []
         for place in (torch.clone, lambda v: distribute_tensor(v, mesh, [Shard(0)])):
@@ -139,7 +140,7 @@ def check_pieces(world):
             finals.append([p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params])
         for one, several in zip(*finals, strict=True):
             assert torch.allclose(one, several, rtol=2**-6, atol=2**-6), cls
-    mars.COPIED_AT_A_TIME = before
+    composed.COPIED_AT_A_TIME = before
 
 
 def main():

@@ -9,7 +9,7 @@ from launch_helpers import ROOT
 from transformers import Trainer, TrainingArguments
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
-from hf_mars.trainer.options import VARIANTS
+from hf_mars.trainer.names import VARIANTS
 
 ARGUMENTS = pytest.mark.parametrize("cls", [TrainingArguments, MarsTrainingArguments])
 FORMS = pytest.mark.parametrize("optim_args", ["max_norm=none", "exact=true"], ids=["approx", "exact"])

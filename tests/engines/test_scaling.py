@@ -11,7 +11,7 @@ import torch
 from launch_helpers import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_mars.optim.newton_schulz import newton_schulz
+from hf_mars.optim.algorithm.newton_schulz import newton_schulz
 
 SCRIPT = ROOT / "benchmarks" / "communication.py"
 specification = importlib.util.spec_from_file_location("communication", SCRIPT)

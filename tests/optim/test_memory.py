@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_mars.optim import MarsAdamW, MarsLion
 from hf_mars.optim.last_grad import LastNorms, can_take_over
-from hf_mars.optim.sharding import norms
+from hf_mars.optim.sharding import WHOLE, norms_of_wholes
 
 make = functools.partial(helpers.make, weight_decay=0.1)
 
@@ -255,7 +255,7 @@ def test_pieces_are_the_whole(method, monkeypatch):
     """Where copies are needed, parameters are updated piece by piece: the result does not depend on the pieces."""
     finals = []
     for elements in (1, 60, 1 << 24):
-        monkeypatch.setattr("hf_mars.optim.mars.COPIED_AT_A_TIME", elements)
+        monkeypatch.setattr("hf_mars.optim.composed.COPIED_AT_A_TIME", elements)
         params = make_params([(6, 4), (4, 6), (5, 5), (7,)], dtype=torch.bfloat16)
         finals.append(run_steps(make(method, params), params, make_gradients(params, 5)))
     assert_equal(finals[0], finals[2])
@@ -268,7 +268,7 @@ def test_norms_of_half_precisions_are_float32(contiguous, dtype):
     """Strided tensors take the way that accelerators take. 300² is no float16; 256 + 1 is no bfloat16."""
     base = torch.full((300, 300), 1.0, dtype=dtype)
     part = base if contiguous else base[:, ::2]
-    (norm,) = norms([part], [part])
+    (norm,) = norms_of_wholes([part], [WHOLE])
     assert norm.dtype == torch.float32
     assert norm.item() == pytest.approx(part.numel() ** 0.5, rel=1e-6)
     assert norm.square().item() == pytest.approx(part.numel(), rel=1e-6)

@@ -6,8 +6,8 @@ import torch
 from helpers import assert_close, make_gradients, make_params
 
 from hf_mars.optim import MarsShampoo
-from hf_mars.optim import newton_schulz as module
-from hf_mars.optim.newton_schulz import newton_schulz, orthogonalize_svd
+from hf_mars.optim.algorithm import newton_schulz as module
+from hf_mars.optim.algorithm.newton_schulz import newton_schulz, orthogonalize_svd
 
 SHAPES = pytest.mark.parametrize("shape", [(9, 4), (4, 9), (6, 6), (1, 5), (5, 1), (1, 1)], ids=str)
 FORMS = pytest.mark.parametrize("orthogonalize", [newton_schulz, orthogonalize_svd])

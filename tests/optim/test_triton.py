@@ -77,12 +77,12 @@ def test_compiles_for_gpus(target, dtype):
     tables = {key: TABLES[key] for key in ("table", "numbers", "stride")}
     arguments = {**tables, **floats("prev_norms"), "knowledge": "*i32", **floats("sums_of_g", "norms_of_g")}
     assert "cubin" in compiled(kernels.judge, target, arguments, small)
-    results = floats("scales", "step_sizes", "inverse_root_bias2")
+    results = floats("clip_factors", "step_sizes", "inverse_root_bias2")
     flags = {**small, "CORRECTED": True, "CLIPS": True, "IS_ADAMW": True}
     assert "cubin" in compiled(kernels.prepare, target, {**tables, **sums, **results}, flags)
     for is_adamw in (True, False):
         compensated = dtype == tl.bfloat16
-        flags = {"REMEMBERS": True, "CLIPS": True, "IS_ADAMW": is_adamw, "COMPENSATED": compensated}
+        flags = {"KEEPS_LAST_GRAD": True, "CLIPS": True, "IS_ADAMW": is_adamw, "COMPENSATED": compensated}
         constants = {**read, **flags, "X_DTYPE": dtype, "M_DTYPE": dtype, "V_DTYPE": dtype}
         asm = compiled(kernels.update, target, {**TABLES, **results}, constants)
         assert "cubin" in asm

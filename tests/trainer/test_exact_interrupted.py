@@ -123,7 +123,7 @@ def test_a_run_that_stops_in_the_middle_of_an_update_leaves_nothing_to_the_next(
             trainer.add_callback(StopAt(0))
             trainer.train()
             assert trainer.state.global_step == 0
-            assert optimizer_of(trainer)._previous_grads
+            assert optimizer_of(trainer).previous_grads
             trainer.pop_callback(StopAt)
         trainer.args.max_steps = 2
         set_seed(5)
@@ -185,7 +185,7 @@ def test_auto_find_batch_size(tmp_path, at_previous_point):
         def compute_loss(self, model, *args, **kwargs):
             optimizer = optimizer_of(self)
             if model.training and self._train_batch_size == 4 and self.state.global_step == 2:
-                if optimizer._at_previous_point == at_previous_point:
+                if optimizer._previous_point.is_entered == at_previous_point:
                     self.failed_at = self.at_x
                     raise torch.OutOfMemoryError("CUDA out of memory. (a test)")
             return super().compute_loss(model, *args, **kwargs)
@@ -229,7 +229,7 @@ def test_processes_exchange_gradients_at_the_last_micro_batch_of_each_evaluation
             self.accelerator.no_sync = no_sync
 
         def compute_loss(self, *args, **kwargs):
-            at_previous_point = optimizer_of(self)._at_previous_point
+            at_previous_point = optimizer_of(self)._previous_point.is_entered
             synchronised.append((at_previous_point, not inside, self.accelerator.gradient_state.sync_gradients))
             return super().compute_loss(*args, **kwargs)
 

@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 
 from hf_mars import MarsLion, MarsShampoo, MarsTrainingArguments
 from hf_mars.trainer import options
+from hf_mars.trainer.names import VARIANTS
 from hf_mars.trainer.options import hyperparameters, optimizer_cls_and_kwargs, options_of, parse_optim_args
 
-ALL_NAMES = list(options.VARIANTS)
+ALL_NAMES = list(VARIANTS)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_shampoo_needs_the_model(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), optim="mars_m")
     with pytest.raises(ValueError, match="needs the model"):
         options.optimizer_cls_and_kwargs(args, None)
-    assert options.VARIANTS["mars_m"].optimizer_cls is MarsShampoo
+    assert options.optimizer_class("mars_m") is MarsShampoo
 
 
 def test_the_trainer_says_where_it_is_missing(monkeypatch, caplog, tmp_path):

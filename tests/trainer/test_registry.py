@@ -13,7 +13,6 @@ from transformers.training_args import OptimizerNames
 
 import hf_mars
 from hf_mars.trainer import registry
-from hf_mars.trainer.options import VARIANTS
 from hf_mars.trainer.versions import check_transformers
 
 
@@ -140,10 +139,6 @@ def test_importing_hf_mars_imports_nothing_else():
 def test_a_name_that_hf_mars_does_not_have():
     with pytest.raises(AttributeError, match="'hf_mars' has no attribute 'MarsAdam'"):
         hf_mars.MarsAdam  # noqa: B018
-
-
-def test_the_table_of_variants_is_the_registered_names():
-    assert list(VARIANTS) == list(registry.NAMES) == NAMES
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.2.0", "6.0.0", "6.1.0.dev0"])
