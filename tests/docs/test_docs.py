@@ -227,6 +227,7 @@ def check(command, model):
 # ---- tests ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=shlex.join)
 def test_command(command, model, folder):
     check(command, model)
@@ -290,6 +291,7 @@ def test_a_stale_import_fails():
         run_imports("def f():\n    from hf_mars import Gone")
 
 
+@pytest.mark.slow
 def test_the_site_builds_and_takes_nothing_from_outside(tmp_path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=100)

@@ -141,6 +141,7 @@ def test_only_torch_is_imported():
             assert inside or module.split(".")[0] in allowed, f"{file.name} imports {module}"
 
 
+@pytest.mark.slow
 def test_runs_where_there_is_no_transformers():
     """hf_mars.optim by itself, its parent package not executed and transformers impossible to import."""
     script = f"""

@@ -96,6 +96,7 @@ def test_compiles_for_gpus(target, dtype):
             assert "cvt.rn.bf16" in asm["ptx"] and "cvt.rz" not in asm["ptx"]
 
 
+@pytest.mark.slow
 def test_a_cpu_does_not_import_triton():
     script = f"""
 import sys, torch
