@@ -19,11 +19,10 @@ from helpers import (
     run_steps,
     values,
 )
-from kernel_helpers import gpu
 from reference import references
 from torch.func import functional_call
 
-STEPS = 20 if gpu.is_interpreted() else 40  # in the interpreter a step takes a tenth of a second
+STEPS = 40
 LR = 0.1
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
