@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # on a machine in full use
 @pytest.mark.skipif(gpu.is_interpreted(), reason="these tests start the interpreter themselves")
 @pytest.mark.parametrize(
     ("file", "chosen"),
