@@ -140,7 +140,7 @@ def _warnings(runs: list[Row]) -> list[str]:
         notes.append(f"**{len(short)} runs stopped before their schedule's end.**")
     initial: dict[int, set[float]] = {}
     for row in runs:
-        initial.setdefault(row["seed"], set()).add(row["initial"])
+        initial.setdefault(row["seed"], set()).add(row.get("initial"))
     if any(len(sums) > 1 for sums in initial.values()):
         notes.append(
             "**Runs of the same seed began from different weights**, so that pairing by seed is worth less: call "
