@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RUN_LOG_VARIABLE = "HF_MARS_SWEEP_LOG"  # the file of a run's RunLog: set by python -m hf_mars.sweep for its runs
+
 
 def register() -> None:
     """Make `mars_adamw`, `mars_lion`, `mars_shampoo` and `mars_m` optimizer names of transformers.
@@ -42,6 +44,11 @@ def register() -> None:
 def diagnose_every_trainer() -> None:
     """Give each Trainer made from now on a `MarsDiagnosticsCallback`, before its reporters."""
     when_imported("transformers.trainer", _add_callback)
+
+
+def log_every_trainer() -> None:
+    """Give each Trainer made from now on a `RunLog`, after the callbacks that it is made with."""
+    when_imported("transformers.trainer_callback", _add_run_log)
 
 
 # ---- transformers.training_args: the names, and checks as early as possible ----
@@ -166,3 +173,20 @@ def _add_callback(trainer: ModuleType) -> None:
 
     if MarsDiagnosticsCallback not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)
+
+
+# ---- transformers.trainer_callback ----
+
+
+def _add_run_log(trainer_callback: ModuleType) -> None:
+    wrap_once(trainer_callback.CallbackHandler, "__init__", _with_run_log)
+
+
+def _with_run_log(init):
+    def init_with_run_log(self, *args, **kwargs):
+        from .run_log import RunLog
+
+        init(self, *args, **kwargs)
+        self.add_callback(RunLog)
+
+    return init_with_run_log

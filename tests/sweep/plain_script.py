@@ -1,0 +1,18 @@
+"""A training script that knows nothing of hf_mars: a tiny model, random tokens, arguments of transformers alone."""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+
+def main():
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    tokens = torch.randint(0, 8, (64, 16), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows[:8])
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()
