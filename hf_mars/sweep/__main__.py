@@ -9,15 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from .command import given_twice, through_hf_mars
 from .errors import SweepError
-from .phases import sweep
+from .phases import Sweep
 from .plan import Plan
 from .plan_file import make_plan, read_plan_file
 from .report import report
-from .runner import Runner
+from .runner import Runner, remove_abandoned
 from .store import Store
 
 DESCRIPTION = """Compare optimizers for a training script: every optimizer gets the same number of settings, the same
@@ -28,8 +28,13 @@ EXAMPLE = """example:
       --seeds 2 --jobs 2 --time_budget 2h --output_dir sweep -- python train.py --max_steps 500"""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SweepError(message)
+
+
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="python -m hf_mars.sweep",
         usage="%(prog)s --optim NAME … --learning_rate X … [options] -- COMMAND …\n       "
         "%(prog)s --plan FILE [options] -- COMMAND …\n       %(prog)s --report [--output_dir DIR]",
@@ -94,9 +99,9 @@ def main(argv: list[str]) -> int:
     """Run, or report on, a sweep. Returns the exit code."""
     began = time.monotonic()
     own, command = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    arguments = parser().parse_args(own)
-    folder = Path(arguments.output_dir)
     try:
+        arguments = parser().parse_args(own)
+        folder = Path(arguments.output_dir)
         if arguments.report:
             print(report(folder))
             return 0
@@ -126,6 +131,7 @@ def _run(arguments: argparse.Namespace, command: list[str], folder: Path, began:
     for name in given_twice(command, sorted({*names, "seed", "output_dir"})):
         print(f"--{name} of the command gives way to the sweep's", file=sys.stderr)
     store = Store(folder)
+    remove_abandoned(folder, store.rows.values())
     if arguments.retry_failed:
         store.forget_failed()
     runner = Runner(
@@ -137,11 +143,10 @@ def _run(arguments: argparse.Namespace, command: list[str], folder: Path, began:
         keep_outputs=arguments.keep_outputs,
         commit=_git_commit(),
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)  # the runs end with the sweep
     with lock:
-        done = sweep(
-            plan, folder, store, runner, max_extensions=arguments.max_extensions, timing_steps=arguments.timing_steps
-        )
+        done = Sweep(plan, folder, store, runner, arguments.max_extensions, arguments.timing_steps).run()
         print(report(folder))
     if not done:
         print("the time budget is used up; the same command goes on", file=sys.stderr)

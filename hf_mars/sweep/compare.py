@@ -77,7 +77,7 @@ def extended(best: Setting, settings: Iterable[Setting], side: str) -> Setting:
     rates = neighbours(best, settings)
     outer, inner = (rates[0], rates[:2][-1]) if side == "lower" else (rates[-1], rates[-2:][0])
     ratio = outer / inner if outer != inner else (0.5 if side == "lower" else 2.0)
-    return best.at(float(f"{outer * ratio:.3g}"))
+    return best.at(float(f"{outer * ratio:.4g}"))
 
 
 @dataclass
@@ -144,5 +144,5 @@ def reaches(curve: Sequence[Point], loss: float) -> float | None:
                 return float(point.step)
             part = (before.loss - loss) / (before.loss - point.loss)
             return before.step + part * (point.step - before.step)
-        before = point
+        before = point if math.isfinite(point.loss) else None
     return None

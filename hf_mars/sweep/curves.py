@@ -36,9 +36,11 @@ def read_log(path: Path) -> dict[str, Any]:
             continue
         if "begin" in row:
             log, evaluations = {"begin": row["begin"], "training": []}, {}
+        elif not log:  # evaluated before training
+            continue
         elif "loss" in row:
             log["training"].append(Point(row["step"], row["loss"], row["seconds"], row.get("tokens")))
-        elif "step" in row and log:
+        elif "step" in row:
             evaluations.setdefault(row["step"], {}).update(row)
         else:
             log.update(row)
@@ -61,7 +63,7 @@ def smoothed(training: list[Point]) -> list[Point]:
     window = SMOOTHING * training[-1].step
     points = []
     for i, point in enumerate(training):
-        losses = [p.loss for p in training[: i + 1] if p.step > point.step - window - 1e-9]
+        losses = [p.loss for p in training[: i + 1] if p.step > point.step - window + 1e-9]
         if point.step >= window:
             points.append(point._replace(loss=sum(losses) / len(losses)))
     return points

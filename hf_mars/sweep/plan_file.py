@@ -94,6 +94,8 @@ def _settings(label: str, fields: Mapping[str, Any]) -> list[Setting]:
             texts = [text for alternative in _alternatives(value) for text in _optim_args(alternative)]
         else:
             texts = [_text(alternative) for alternative in _alternatives(value)]
+        if not texts:
+            raise SweepError(f"{label}: {name} has no value")
         columns.append([(name, text) for text in texts])
     # The learning rate changes fastest: whole curves over it come first in a sweep that stops early.
     columns.append(columns.pop(1))
@@ -109,7 +111,7 @@ def _alternatives(value: Any) -> list[Any]:
 
 def _rate(label: str, value: Any) -> float:
     try:
-        rate = float(value)
+        rate = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         rate = math.nan
     if not 0 < rate < math.inf:

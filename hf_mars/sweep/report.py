@@ -78,9 +78,19 @@ def _cells(s: Summary, comparison: Comparison) -> list[str]:
         steps,
         seconds,
         "—" if s.seconds_per_step is None else f"{s.seconds_per_step:.4g}",
-        "—" if s.state_bytes is None else f"{s.state_bytes:,} bytes",
+        _state(s),
         runs,
     ]
+
+
+def _state(s: Summary) -> str:
+    if s.state_bytes is None:
+        return "—"
+    power, unit = next(
+        (p, u) for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes")) if s.state_bytes >= 10**p or not p
+    )
+    size = f"{s.state_bytes / 10**power:.3g} {unit}"
+    return f"{size}, {s.state_bytes / s.parameters:.1f} per parameter" if s.parameters else size
 
 
 def _percent(part: float) -> str:
@@ -111,9 +121,7 @@ def _notes(rows: list[Row], plan: Plan | None, comparison: Comparison) -> list[s
         notes.append("Seconds are from short runs of the best settings, each alone on the machine.")
     elif jobs - {1}:
         notes.append("Nothing was timed alone, and runs shared the machine, so there are no seconds.")
-    short = [r for r in rows if r["kind"] == "run" and r["status"] != "failed" and r["steps"] != r["max_steps"]]
-    if short:
-        notes.append(f"**{len(short)} runs stopped before their schedule's end.**")
+    notes += _warnings([row for row in rows if row["kind"] == "run" and row["status"] != "failed"])
     if plan is not None:
         notes.append(f"Command: `{' '.join(plan.command)}`; seeds 1 to {plan.seeds}.")
         if plan.extensions:
@@ -122,6 +130,26 @@ def _notes(rows: list[Row], plan: Plan | None, comparison: Comparison) -> list[s
         if missing:
             notes.append(missing.strip())
     return [f"{note}\n" for note in notes]
+
+
+def _warnings(runs: list[Row]) -> list[str]:
+    """What makes the runs less comparable than they should be."""
+    notes = []
+    short = [row for row in runs if row["steps"] != row["max_steps"]]
+    if short:
+        notes.append(f"**{len(short)} runs stopped before their schedule's end.**")
+    initial: dict[int, set[float]] = {}
+    for row in runs:
+        initial.setdefault(row["seed"], set()).add(row["initial"])
+    if any(len(sums) > 1 for sums in initial.values()):
+        notes.append(
+            "**Runs of the same seed began from different weights**, so that pairing by seed is worth less: call "
+            "`transformers.set_seed(args.seed)` in the script before the model is made."
+        )
+    for name in ("versions", "hardware", "git_commit"):
+        if len({json.dumps(row[name]) for row in runs}) > 1:
+            notes.append(f"**The runs differ in {name}** (results.jsonl).")
+    return notes
 
 
 def _missing(rows: list[Row], plan: Plan) -> str:

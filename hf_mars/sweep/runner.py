@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .plan import Run
 from .progress import Progress
 from .store import Store
 
+RUNS = "runs"
 STDERR_LINES = 15
 _KILLED = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # somebody ended it: no fault of the run's
 
@@ -39,7 +40,6 @@ class Runner:
         store: where rows go.
         jobs: runs at a time.
         deadline: `time.monotonic()` after which no run shall last; None for no limit.
-        reserve: seconds before the deadline that are kept for what comes after the runs, asked before each.
         keep_outputs: whether the runs' output_dirs stay.
         commit: the git commit of the user's scripts, or None.
     """
@@ -63,8 +63,21 @@ class Runner:
         self._stop = threading.Event()
         self._refusal: SweepError | None = None
 
-    def make(self, runs: Iterable[Run], *, jobs: int | None = None, reserve: float = 0.0) -> list[Run]:
+    def make(
+        self,
+        runs: Sequence[Run],
+        *,
+        only: Sequence[Run] | None = None,
+        later: Sequence[Run] = (),
+        jobs: int | None = None,
+    ) -> list[Run]:
         """Make those of the runs that have not been made, and wait for them.
+
+        Args:
+            runs: all so far.
+            only: those of them to be made now; None for all.
+            later: stand-ins for what will be run after them; timing runs among them are left the time to be made.
+            jobs: runs at a time, if not the sweep's.
 
         Returns:
             What there was no time for.
@@ -74,14 +87,15 @@ class Runner:
             KeyboardInterrupt: after the runs under way were ended.
         """
         rows = self._store.rows
-        missing = [run for run in runs if run.key not in rows]
+        missing = [run for run in (runs if only is None else only) if run.key not in rows]
         if not missing:
             return []
         jobs = self._jobs if jobs is None else jobs
         left: list[Run] = []
-        progress = Progress(missing, jobs, self._store)
+        progress = Progress(runs, later, jobs, self._store)
+        timing = [run for run in later if run.timing]
         with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(self._make_one, run, jobs, reserve, progress, left) for run in missing]
+            futures = [pool.submit(self._make_one, run, jobs, timing, progress, left) for run in missing]
             try:
                 while not all(future.done() for future in futures):
                     progress.show()
@@ -104,12 +118,12 @@ class Runner:
             for process in self._processes:
                 _kill(process, signal.SIGTERM)
 
-    def _make_one(self, run: Run, jobs: int, reserve: float, progress: Progress, left: list[Run]) -> None:
+    def _make_one(self, run: Run, jobs: int, timing: list[Run], progress: Progress, left: list[Run]) -> None:
         for attempt in (1, 2):  # a run that somebody kills starts anew, once
             if self._stop.is_set():
                 raise Stopped
-            expected = progress.expected(run)
-            if self._deadline is not None and time.monotonic() + (expected or 0.0) + reserve > self._deadline:
+            needed = sum(progress.expected(each) or 0.0 for each in [run, *timing])
+            if self._deadline is not None and time.monotonic() + needed > self._deadline:
                 progress.skipped(run)
                 left.append(run)
                 return
@@ -117,7 +131,7 @@ class Runner:
             row = None
             try:
                 progress.started(run)
-                row = self._run(run, jobs)
+                row = self._run(run, trial.number, jobs)
             finally:
                 if row is None or self._refusal is not None:
                     self._store.give_up(trial)
@@ -131,9 +145,11 @@ class Runner:
             progress.ended(run, row)
             return
 
-    def _run(self, run: Run, jobs: int) -> dict[str, Any] | None:
+    def _run(self, run: Run, number: int, jobs: int) -> dict[str, Any] | None:
         """The row of a run; None if the sweep was stopped meanwhile."""
-        folder = self._new_folder(run)
+        # With the trial's number it is one that no earlier attempt writes to, which may still be running.
+        folder = self._folder / RUNS / f"{number:04}-{run.setting.slug()}-seed{run.seed}"
+        folder.mkdir(parents=True)
         log = folder / "log.jsonl"
         log.touch()
         command = [*self._command, *run.arguments(), "--output_dir", str(folder / "output")]
@@ -152,7 +168,7 @@ class Runner:
             return None
         if not self._keep_outputs:
             shutil.rmtree(folder / "output", ignore_errors=True)
-        row = {
+        return {
             "kind": "timing" if run.timing else "run",
             "optimizer": run.setting.label,
             "arguments": dict(run.setting.arguments),
@@ -165,18 +181,6 @@ class Runner:
             "command": command,
             "git_commit": self._commit,
         }
-        return row
-
-    def _new_folder(self, run: Run) -> Path:
-        """A folder that no earlier attempt has written to, which may still be running without us."""
-        parent = self._folder / ("timing" if run.timing else "runs")
-        name = f"{run.setting.slug()}-seed{run.seed}"
-        with self._lock:
-            n = 1
-            while (folder := parent / (name if n == 1 else f"{name}-{n}")).exists():
-                n += 1
-            folder.mkdir(parents=True)
-        return folder
 
     def _wait(self, command: list[str], environment: dict[str, str], folder: Path) -> int | None:
         with (folder / "stdout.txt").open("wb") as out, (folder / "stderr.txt").open("wb") as err:
@@ -201,6 +205,15 @@ class Runner:
                 with self._lock:
                     self._processes.discard(process)
         return None if self._stop.is_set() else process.returncode
+
+
+def remove_abandoned(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Remove the folders of runs that a killed sweep left behind; where such a run goes on by itself, it ends for
+    want of its log."""
+    kept = {row["folder"] for row in rows}
+    for path in (folder / RUNS).glob("*"):
+        if str(path.relative_to(folder)) not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _outcome(code: int, log: dict[str, Any], errors: list[str]) -> dict[str, Any]:
@@ -230,6 +243,7 @@ def _outcome(code: int, log: dict[str, Any], errors: list[str]) -> dict[str, Any
         "seconds_per_step": seconds_per_step(training),
         "state_bytes": log.get("state_bytes"),
         "parameters": begin.get("parameters"),
+        "initial": begin.get("initial"),
         "versions": begin.get("versions"),
         "hardware": begin.get("hardware"),
         "training": _strict(training),

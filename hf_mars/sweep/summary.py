@@ -37,7 +37,8 @@ class Summary:
         part_of_steps: where the curve reaches the baseline's last loss, relative to the baseline's steps.
         part_of_seconds: the same in seconds of training.
         seconds_per_step: of the timing runs alone on the machine, else of sweeps with one job.
-        state_bytes: of the optimizer.
+        state_bytes: of the optimizer, in the process that logs.
+        parameters: trained ones.
         settings: how many were tried.
         complete, diverged, failed: numbers of runs.
     """
@@ -52,6 +53,7 @@ class Summary:
     part_of_seconds: float | None
     seconds_per_step: float | None
     state_bytes: int | None
+    parameters: int | None
     settings: int
     complete: int
     diverged: int
@@ -121,13 +123,14 @@ def compare(rows: list[Row], labels: list[str]) -> Comparison:
                 part_of_seconds=part_seconds,
                 seconds_per_step=seconds,
                 state_bytes=states[0] if states else None,
+                parameters=runs[0]["parameters"] if runs else None,
                 settings=len(own),
                 complete=statuses.count("complete"),
                 diverged=statuses.count("diverged"),
                 failed=statuses.count("failed"),
             )
         )
-    tokens = all(row["training"][-1][3] is not None for rs in runs_of_best.values() for row in rs if row["training"])
+    tokens = all(point.tokens for summary in summaries for point in summary.curve)
     return Comparison(summaries, kind, tokens and bool(base_runs))
 
 
@@ -198,6 +201,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "part_of_seconds": s.part_of_seconds,
                 "seconds_per_step": s.seconds_per_step,
                 "state_bytes": s.state_bytes,
+                "parameters": s.parameters,
                 "settings": s.settings,
                 "complete": s.complete,
                 "diverged": s.diverged,

@@ -20,6 +20,8 @@ from .registry import RUN_LOG_VARIABLE
 
 # A run has this many rows, or more where its script logs more often.
 ROWS = 100
+# How many tokens have been trained on: transformers' key, and TRL's, which counts without being asked.
+TOKENS = ("num_input_tokens_seen", "num_tokens", "eval_num_tokens")
 
 
 class RunLog(TrainerCallback):
@@ -43,12 +45,14 @@ class RunLog(TrainerCallback):
         # True, transformers' default, logs a loss of 0 for steps whose loss is NaN.
         args.logging_nan_inf_filter = False
         self._training, self._has_state_bytes, self._other = True, False, 0.0
-        parameters = sum(p.numel() for p in kwargs["model"].parameters())
+        trained = [_local(p.detach()) for p in kwargs["model"].parameters() if p.requires_grad]
         self._write(
             state,
             begin={
                 "max_steps": state.max_steps,
-                "parameters": parameters,
+                "parameters": sum(p.numel() for p in trained),
+                # Runs that begin from the same weights have the same sum.
+                "initial": sum(p.sum(dtype=torch.float32).item() for p in trained),
                 "versions": _versions(),
                 "hardware": _hardware(args),
             },
@@ -83,7 +87,8 @@ class RunLog(TrainerCallback):
         if any(key != "loss" for key in losses):
             self._leave_out()
         if losses:
-            tokens = {"tokens": logs["num_input_tokens_seen"]} if "num_input_tokens_seen" in logs else {}
+            counts = [logs[key] for key in TOKENS if key in logs]
+            tokens = {"tokens": counts[0]} if counts else {}
             # After training the clock stands still: a last evaluation is no training.
             self._write(state, step=state.global_step, seconds=self._seconds(), **losses, **tokens)
         if self._training:
@@ -133,11 +138,16 @@ def _state_bytes(optimizer: Any) -> int:
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
-            yield value.to_local() if hasattr(value, "to_local") else value  # DTensor's part of this process
+            yield _local(value)
         elif isinstance(value, dict):
             yield from _tensors(value.values())
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _versions() -> dict[str, str]:
