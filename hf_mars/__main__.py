@@ -15,7 +15,8 @@ from types import ModuleType, TracebackType
 from typing import NoReturn
 
 from hf_mars.trainer.children import prepare
-from hf_mars.trainer.registry import RUN_LOG_VARIABLE, log_every_trainer
+from hf_mars.trainer.names import RUN_LOG_VARIABLE
+from hf_mars.trainer.registry import log_every_trainer
 
 USAGE = """usage: python -m hf_mars [--mars_diagnostics] [-m] SCRIPT [ARGUMENT …]
 

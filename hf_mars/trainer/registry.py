@@ -18,12 +18,11 @@ from .versions import check_transformers
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
     from transformers.trainer_optimizer import OptimizerContext
     from transformers.training_args import OptimizerNames
 
 logger = logging.getLogger(__name__)
-
-RUN_LOG_VARIABLE = "HF_MARS_SWEEP_LOG"  # the file of a run's RunLog: set by python -m hf_mars.sweep for its runs
 
 
 def register() -> None:
@@ -175,15 +174,15 @@ def _add_callback(trainer: ModuleType) -> None:
         trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)
 
 
-# ---- transformers.trainer_callback ----
+# ---- transformers.trainer_callback: the log of a run, where python -m hf_mars.sweep asks for it ----
 
 
 def _add_run_log(trainer_callback: ModuleType) -> None:
     wrap_once(trainer_callback.CallbackHandler, "__init__", _with_run_log)
 
 
-def _with_run_log(init):
-    def init_with_run_log(self, *args, **kwargs):
+def _with_run_log(init: Callable[..., None]) -> Callable[..., None]:
+    def init_with_run_log(self: CallbackHandler, *args: Any, **kwargs: Any) -> None:
         from .run_log import RunLog
 
         init(self, *args, **kwargs)
