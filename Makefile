@@ -1,18 +1,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := hf_mars tests benchmarks run_clm.py setup.py
+SOURCES := hf_mars tests benchmarks examples tools docs run_clm.py setup.py
+PACKAGE := setup.py setup.cfg pyproject.toml constraints.txt $(shell find hf_mars -name '*.c')
+# A worker per core; the tests of a file, which share its fixtures, stay together.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test quality style docs clean
+.PHONY: demo test test-fast quality style docs pictures matrix clean
+.NOTPARALLEL:
 
-$(VENV)/.installed: setup.py setup.cfg pyproject.toml constraints.txt hf_mars/optim/_cpu.c
+# One environment; each target adds the extra of setup.cfg that it needs, and no more.
+$(VENV)/.with-%: $(PACKAGE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[plot,test,quality,docs]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[$*]"
 	touch $@
 
 # Anew each time: --overwrite_output_dir removes only what an earlier demo wrote.
-demo: $(VENV)/.installed
+demo: $(VENV)/.with-plot
 	$(BIN)/python run_clm.py --output_dir demo --overwrite_output_dir --optim mars_adamw \
 		--learning_rate 6e-3 --adam_beta1 0.9 --adam_beta2 0.95 --weight_decay 0.1 \
 		--lr_scheduler_type cosine --warmup_steps 40 --max_steps 400 --per_device_train_batch_size 16 \
@@ -21,20 +25,35 @@ demo: $(VENV)/.installed
 		--report_to none --sample_prompt "It is a truth universally acknowledged"
 	$(BIN)/python -m hf_mars.plot demo --output demo/loss.png
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+test: $(VENV)/.with-test
+	$(PYTEST)
 
-quality: $(VENV)/.installed
+# For the loop of everyday work: without the tests that train for long or start processes.
+test-fast: $(VENV)/.with-test
+	$(PYTEST) -m "not slow"
+
+# Format and lint, types, and the laws of imports (CONTRIBUTING.md).
+quality: $(VENV)/.with-quality
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
-style: $(VENV)/.installed
+style: $(VENV)/.with-quality
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
 # --strict: a broken link fails. The pages need no network, neither here nor in the browser.
-docs: $(VENV)/.installed
+docs: $(VENV)/.with-docs
 	$(BIN)/mkdocs build --strict
 
+# Pictures in docs/images that are drawn from benchmarks/results alone.
+pictures: $(VENV)/.with-plot
+	$(BIN)/python tools/draw.py
+
+# The integration's tests with the oldest, a middle and the newest transformers; writes docs/compatibility.md.
+matrix:
+	$(PYTHON) tools/matrix.py
+
 clean:
-	rm -rf $(VENV) demo site build dist *.egg-info
+	rm -rf $(VENV) .matrix demo site build dist *.egg-info

@@ -6,7 +6,7 @@
 
 The counts are of a small Llama in bfloat16 mixed precision, which the files in docs/launch/ set. Engines are ddp,
 fsdp2, zero1, zero2 and zero3 (these with DeepSpeed, and DS_ACCELERATOR=cpu where there is no GPU).
-tests/test_scaling.py compares them with the formulas, to the byte.
+tests/engines/test_scaling.py compares them with the formulas, to the byte.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_mars import MarsAdamW, MarsLion, MarsShampoo, param_groups
 from hf_mars.optim import parameter_roles
+from hf_mars.optim.algorithm.newton_schulz import WIDE
 from hf_mars.optim.groups import KINDS
-from hf_mars.optim.newton_schulz import WIDE
-from hf_mars.optim.sharding import _owners
+from hf_mars.optim.sharding import owners_of
 
 FP32, BF16 = 4, 2  # bytes
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -160,7 +160,7 @@ class Model:
         """
         shapes = self.shapes["matrix"]
         elements, flops = [0] * ranks, [0] * ranks
-        for shape, owner in zip(shapes, _owners([torch.empty(s, device="meta") for s in shapes], ranks), strict=True):
+        for shape, owner in zip(shapes, owners_of(shapes, ranks), strict=True):
             elements[owner] += math.prod(shape)
             flops[owner] += newton_schulz_flops(shape)
         return max(elements), max(flops)

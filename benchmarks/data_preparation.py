@@ -1,4 +1,4 @@
-"""Tokens a second of data preparation, from rows of text to blocks: hf_mars.corpus beside the official example's way.
+"""Tokens per second of data preparation, from rows of text to blocks: hf_mars.clm beside the official example's way.
 
     python benchmarks/data_preparation.py --tokenizer_name gpt2 --train_file my.jsonl --num_workers 2
 
@@ -20,7 +20,9 @@ import tokenizers
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_mars.corpus import Texts, TokenBlocks, load_texts, packaged_novel, train_bpe
+from hf_mars.clm.blocks import TokenBlocks
+from hf_mars.clm.bpe import train_bpe
+from hf_mars.clm.texts import Texts, load_texts, packaged_novel
 
 
 def official(rows, tokenizer, block_size, num_workers):
@@ -68,7 +70,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
-    seconds = {"official grouping": [], "hf_mars.corpus": []}
+    seconds = {"official grouping": [], "hf_mars.clm": []}
     results = {}
     for _ in range(arguments.rounds):
         for name, seconds_of_name in seconds.items():
@@ -79,7 +81,7 @@ def main():
                 else:
                     tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(Texts(texts.rows), 8192))
                 start = time.perf_counter()
-                if name == "hf_mars.corpus":
+                if name == "hf_mars.clm":
                     blocks, count = ours(texts, tokenizer, arguments.block_size, arguments.num_workers)
                 else:
                     blocks, count = official(texts.rows, tokenizer, arguments.block_size, arguments.num_workers)

@@ -46,7 +46,7 @@ class Meter(TrainerCallback):
         counted = {
             "parameters": parameters,
             "gradients": [p.grad for p in parameters if p.grad is not None],
-            "gradients at x_{t−1}": optimizer._previous_grads.values(),
+            "gradients at x_{t−1}": optimizer.previous_grads.values(),
             "state": [value for value in kept if isinstance(value, torch.Tensor)],
         }
         self.bytes = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in counted.items()}

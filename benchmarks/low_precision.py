@@ -10,12 +10,9 @@ same evaluation.
 import argparse
 import contextlib
 import io
-import sys
 import tempfile
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import run_clm
+from hf_mars.clm.run import main as train_clm
 
 RUNS = [
     ("float32", "float32", ""),
@@ -32,7 +29,7 @@ def train(folder, *options):
     quiet = ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--logging_strategy", "no"]
     argv = ["--output_dir", str(folder), "--eval_on_start", *quiet, *" ".join(options).split()]
     with contextlib.redirect_stdout(io.StringIO()):
-        return run_clm.main(argv)
+        return train_clm(argv)
 
 
 def main():

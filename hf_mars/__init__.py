@@ -1,12 +1,12 @@
 """MARS (arXiv:2411.10438) for the Hugging Face Trainer. Importing the package registers its optimizer names.
 
-Nothing else is imported with it: what has a name here is imported when it is first asked for.
+It imports neither torch nor transformers: each public name is imported from its module when it is first used.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .trainer.registry import register
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .trainer.param_groups import param_groups
     from .trainer.trainer import MarsTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MarsAdamW",
@@ -43,7 +43,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "optim":
         return import_module(".optim", __name__)
     if name not in _MODULES:

@@ -1,4 +1,4 @@
-"""``python -m hf_mars script.py …`` runs any training script with MARS's optimizer names registered.
+"""`python -m hf_mars script.py …` runs any training script with MARS's optimizer names registered.
 
 Imports nothing that reads environment variables, which are the script's to set.
 """
@@ -8,13 +8,15 @@ import os
 import pkgutil
 import runpy
 import sys
-import types
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
 from hf_mars.trainer.children import prepare
-from hf_mars.trainer.registry import RUN_LOG_VARIABLE, log_every_trainer
+from hf_mars.trainer.names import RUN_LOG_VARIABLE
+from hf_mars.trainer.registry import log_every_trainer
 
 USAGE = """usage: python -m hf_mars [--mars_diagnostics] [-m] SCRIPT [ARGUMENT …]
 
@@ -25,7 +27,15 @@ accelerate launch -m hf_mars SCRIPT …, or torchrun -m hf_mars SCRIPT …"""
 
 
 def main(argv: list[str]) -> None:
-    """Run the script that ``argv`` names as ``__main__``, with the rest of ``argv`` as its sys.argv."""
+    """Run a script as `__main__`, as python itself would.
+
+    Args:
+        argv: the arguments of `python -m hf_mars`; those after the script become its own.
+
+    Raises:
+        SystemExit: `argv` asks for help (code 0) or names no script that can be run (code 2). Errors and exits of the
+            script itself pass through.
+    """
     diagnostics = argv[:1] == ["--mars_diagnostics"]
     argv = argv[1:] if diagnostics else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -53,14 +63,15 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(2)  # python's own code for it
 
 
-# What python itself calls for modules, folders and zip files. The public functions of runpy would change sys.argv
-# and restore the old ``__main__`` while threads and exit handlers of the script still need it.
+# Python itself calls this function for modules, folders and zip files. The public functions of runpy would change
+# sys.argv and restore the old `__main__` while threads and exit handlers of the script still need it.
+_run_module_as_main = runpy._run_module_as_main  # type: ignore[attr-defined]  # no stub has a private name
 
 
 def _run_module(argv: list[str]) -> None:
     sys.argv = ["-m", *argv[2:]]
     _new_main()
-    runpy._run_module_as_main(argv[1])
+    _run_module_as_main(argv[1])
 
 
 def _run_path(argv: list[str]) -> None:
@@ -72,31 +83,31 @@ def _run_path(argv: list[str]) -> None:
     if pkgutil.get_importer(path) is not None:  # a folder or a zip file
         sys.path.insert(0, path)
         _new_main()
-        runpy._run_module_as_main("__main__", alter_argv=False)
+        _run_module_as_main("__main__", alter_argv=False)
         return
     if has_path_of_ours:
         sys.path.insert(0, str(Path(path).resolve().parent))
     code = compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
     module = _new_main()
-    module.__file__ = path
-    module.__cached__ = None
-    module.__loader__ = SourceFileLoader("__main__", path)
-    exec(code, module.__dict__)
+    vars(module).update(__file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
+    exec(code, vars(module))
 
 
-def _new_main() -> types.ModuleType:
-    """The empty ``__main__`` that python starts with."""
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
-    module.__builtins__ = builtins
-    module.__annotations__ = {}
+def _new_main() -> ModuleType:
+    """The empty `__main__` that python starts with."""
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    vars(module).update(__builtins__=builtins, __annotations__={})
     return module
 
 
-def _without_our_frames(excepthook):
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+
+
+def _without_our_frames(excepthook: ExceptHook) -> ExceptHook:
     """Tracebacks begin at the script, as python's do, not at the frames that lead there."""
     ours = (__file__, runpy.run_module.__code__.co_filename)
 
-    def hook(kind, error, traceback):
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
             traceback = traceback.tb_next
         excepthook(kind, error.with_traceback(traceback), traceback)

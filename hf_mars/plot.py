@@ -1,6 +1,6 @@
-"""Loss curves of finished or running trainings, as one picture; what MARS did in them, as another.
+"""Draws loss curves of finished or running trainings, and in a second picture their MARS diagnostics.
 
-``python -m hf_mars.plot OUTPUT_DIR [OUTPUT_DIR …] --output loss.png --diagnostics diagnostics.png``
+`python -m hf_mars.plot OUTPUT_DIR [OUTPUT_DIR …] --output loss.png --diagnostics diagnostics.png`
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Panels of the picture of diagnostics: what is logged, the axis label, the line's style and its name in the legend.
-PANELS = (
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# One panel each: its title, and per line its key in the log, its style and its name in the legend.
+PANELS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
     ("‖κ (g_t − g_prev)‖ / ‖g_t‖", {"mars/correction_ratio": ("-", "")}),
     ("cosine of g_t and g_prev", {"mars/gradient_cosine": ("-", "")}),
     ("fraction of clipped tensors", {"mars/clipped_fraction": ("-", "")}),
@@ -29,7 +32,7 @@ def loss_history(output_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
 
     Args:
         output_dir: a Trainer's output_dir. Its trainer_state.json is read, or that of its last checkpoint, whichever
-            is further.
+            has the later step.
 
     Returns:
         {"loss": [(step, value), …], "eval_loss": […]}; a list may be empty. Losses are in nats per token.
@@ -58,7 +61,7 @@ def _series(log: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _labels(output_dirs: Sequence[str | Path]) -> list[str]:
-    """Of each run the folder's name, and before it as much of the path as tells it from the others."""
+    """Each run's folder name, preceded by as much of its path as tells it from the other runs."""
     runs = [Path(output_dir).resolve() for output_dir in output_dirs]
 
     def label(run: Path) -> str:
@@ -71,14 +74,14 @@ def _labels(output_dirs: Sequence[str | Path]) -> list[str]:
 
 
 def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
-    """Draw training (thin) and evaluation losses (dots) of runs over their steps into one picture.
+    """Draw training losses (thin lines) and evaluation losses (dots) of runs over their steps into one picture.
 
     Args:
         output_dirs: Trainer output_dirs; their folders label the curves.
         path: the file to write; its suffix (.png, .svg, .pdf) decides the format.
 
     Raises:
-        FileNotFoundError: see :func:`loss_history`.
+        FileNotFoundError: see `loss_history`.
         ValueError: a run has logged no loss.
     """
     figure, axes = _figure(figsize=(7, 4.5))
@@ -102,14 +105,14 @@ def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
 
 
 def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> None:
-    """Draw what MARS did in runs (docs/diagnostics.md) over their steps: four panels, a color a run.
+    """Draw the MARS diagnostics of runs (docs/diagnostics.md) over their steps: four panels, one color per run.
 
     Args:
         output_dirs: Trainer output_dirs; their folders label the colors.
         path: the file to write; its suffix (.png, .svg, .pdf) decides the format.
 
     Raises:
-        FileNotFoundError: see :func:`loss_history`.
+        FileNotFoundError: see `loss_history`.
         ValueError: a run has logged no diagnostics.
     """
     figure, panels = _figure(2, 2, sharex=True, figsize=(9, 6))
@@ -133,15 +136,23 @@ def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> Non
     figure.savefig(path, dpi=150)
 
 
-def _figure(*shape, figsize, **settings):
-    """A figure of its own, with axes; it goes with its last reference, and no display is needed."""
+def _figure(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:
+    """A figure and its axes, outside of pyplot: it goes with its last reference, and no display is needed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=figsize, layout="constrained")
-    return figure, figure.subplots(*shape, **settings)
+    return figure, figure.subplots(rows, columns, **settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the pictures that the command line asks for.
+
+    Args:
+        argv: the command line without the program's name; None: that of this process.
+
+    Raises:
+        SystemExit: code 2, where the arguments are wrong or a run has nothing to draw.
+    """
     parser = argparse.ArgumentParser(prog="python -m hf_mars.plot", description="Draw loss curves of training runs.")
     parser.add_argument("output_dirs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a run")
     parser.add_argument("--output", default="loss.png", help="the picture to write (default: loss.png)")

@@ -1,8 +1,9 @@
-"""What the tests of run_clm.py and its data share: a tiny model's arguments, a character tokenizer, text files."""
+"""Helpers of the tests of hf_mars.clm: a tiny model's arguments, a character tokenizer, text files, runs."""
 
 import bz2
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -12,11 +13,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from launch_helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import run_clm  # noqa: E402
+from hf_mars.clm import run as run_clm
 
 TINY_MODEL = ["--config_overrides", "n_layer=1,n_head=2,n_embd=32,n_positions=32", "--vocab_size", "300"]
 QUIET = ["--disable_tqdm", "true", "--report_to", "none", "--use_cpu", "true"]
@@ -25,7 +24,7 @@ DOCUMENTS = [f"Document {i}: {'word ' * (i % 7)}and an end." for i in range(2500
 
 
 class CharacterTokenizer:
-    """One token a character, its code point plus one; token 0 begins a text when special tokens are asked for."""
+    """One token per character, its code point plus one; token 0 begins a text when special tokens are asked for."""
 
     is_fast = False
     eos_token_id = 255
@@ -42,7 +41,7 @@ class CharacterTokenizer:
 
 
 def write_documents(path, documents=DOCUMENTS, column="text"):
-    """One document a row, or a line, in the format and the compression that the suffixes of path name."""
+    """One document per row, or line, in the format and the compression that the suffixes of path name."""
     if path.suffix in COMPRESS:
         plain = write_documents(path.with_suffix(""), documents, column)
         path.write_bytes(COMPRESS[path.suffix](plain.read_bytes()))
@@ -72,16 +71,28 @@ def write_token_bin(path, tokens):
     return path
 
 
+def content(texts):
+    return "".join(itertools.chain.from_iterable(texts.batches()))
+
+
+def all_tokens(blocks):
+    return np.concatenate([block["input_ids"].numpy() for block in blocks])
+
+
+def parse(*arguments):
+    return run_clm.parse_arguments([str(argument) for argument in arguments])
+
+
 def run_main(*arguments):
-    """run_clm.main in this process, on a tiny model unless the arguments name one; the metrics it returns."""
+    """A run in this process, on a tiny model unless the arguments name one; the metrics it returns."""
     tiny = [] if "--model_name_or_path" in arguments else TINY_MODEL
     return run_clm.main([*map(str, arguments), *tiny, *QUIET])
 
 
-def run_script(*arguments, cwd):
-    """run_clm.py as a user starts it; the finished process with its captured output."""
+def run_script(*arguments, cwd, command=(str(ROOT / "run_clm.py"),)):
+    """run_clm.py, or another command of python's, as a user starts it; the finished process with its output."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "run_clm.py"), *map(str, arguments)],
+        [sys.executable, *command, *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,7 +1,8 @@
-"""What the tests of the optimizers share: parameters, gradient sequences, a loop, a comparison, tiny models."""
+"""What the tests share: the methods, parameters, gradient sequences, a loop, comparisons, tiny models."""
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,6 +15,11 @@ METHODS = {
     "mars_shampoo": (MarsShampoo, {}, "shampoo"),
     "mars_m": (MarsShampoo, {"adjust_lr_fn": "match_rms_adamw"}, "shampoo"),
 }
+NAMES = list(METHODS)
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+CLASSES = [MarsAdamW, MarsLion, MarsShampoo]
+EVERY_CLASS = pytest.mark.parametrize("cls", CLASSES)
+UPDATE = {MarsAdamW: "adamw", MarsLion: "lion", MarsShampoo: "shampoo"}
 
 SHAPES = {
     "tall": (7, 4),
@@ -26,6 +32,17 @@ SHAPES = {
     "stack": (3, 4, 6),
     "convolution": (6, 3, 2, 2),
 }
+FEW_SHAPES = [(4, 3), (3, 5), (6,), ()]
+
+
+def make(method, params, *, lr=0.02, **options):
+    """The optimizer of METHODS."""
+    cls, keywords, _ = METHODS[method]
+    return cls(params, lr=lr, **keywords, **options)
+
+
+def kinds(optimizer):
+    return [group["kind"] for group in optimizer.param_groups]
 
 
 def make_params(shapes=None, *, dtype=torch.float64, seed=0):
@@ -73,6 +90,22 @@ def assert_equal(actual, expected):
     """Bit for bit."""
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a, e), f"tensor {i} {tuple(e.shape)}: error {(a - e).abs().max().item()}"
+
+
+def assert_same_state(actual, expected):
+    """Two optimizers' groups and states are equal bit for bit."""
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual["param_groups"] == expected["param_groups"]
+    assert actual["state"].keys() == expected["state"].keys()
+    for index, state in expected["state"].items():
+        assert actual["state"][index].keys() == state.keys()
+        for key, value in state.items():
+            loaded = actual["state"][index][key]
+            if torch.is_tensor(value):
+                assert loaded.dtype == value.dtype, key
+                assert torch.equal(loaded, value), key
+            else:
+                assert loaded == value, key
 
 
 def factor(t):

@@ -1,4 +1,4 @@
-"""Start a script of this folder on a number of processes, or several commands at the same time."""
+"""Start a script of the tests on a number of processes, or several commands at the same time."""
 
 import os
 import re
@@ -9,13 +9,17 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+# A script that is started has its own folder on its path; hf_mars, run_clm and what tests share lie in these.
+PYTHONPATH = os.pathsep.join(map(str, (ROOT, TESTS)))
 
 
 def start(processes, script, *arguments, timeout=240, **environment):
-    """The finished launch, whatever its exit code. Raises TimeoutExpired where it hangs."""
+    """The finished launch of a script in tests/, whatever its exit code. Raises TimeoutExpired where it hangs."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *launcher, str(TESTS / script), *map(str, arguments)]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout)
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def launch(processes, script, *arguments, **options):
@@ -45,7 +49,7 @@ def run(commands, folder, timeout=240, meanwhile=None, **environment):
     """
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        "PYTHONPATH": PYTHONPATH,
         "HF_DATASETS_CACHE": str(folder / "cache"),
         **environment,
     }

@@ -1,4 +1,6 @@
-"""What the tests of the Trainer share: a tiny model with dropout, a random data set, a run."""
+"""What the tests of the Trainer share: a tiny model with dropout, a random data set, a run, watchers of one."""
+
+import random
 
 import torch
 from helpers import tiny_gpt2
@@ -7,6 +9,9 @@ from transformers import Trainer, TrainerCallback
 from hf_mars import MarsTrainer, MarsTrainingArguments
 
 BLOCK = 12
+EXACT = "exact=true,gamma=0.3"
+APPROX = "gamma=0.3"
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def token_blocks(n=32, seed=0):
@@ -59,6 +64,51 @@ class CountSteps(TrainerCallback):
         self.taken += 1
 
 
+class Recorder(TrainerCallback):
+    """The learning rate of every step, and a random number drawn after it and at the end."""
+
+    def __init__(self):
+        self.lrs, self.drawn = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.lrs.append([group["lr"] for group in optimizer.param_groups])
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.drawn += [torch.rand(3).tolist(), random.random()]
+
+
+class Batches(MarsTrainer):
+    """Keeps the micro-batches of every update, and the state of the random numbers when the first one begins."""
+
+    def __init__(self, *args, **kwargs):
+        self.updates, self.random_state = [], None
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, *args):
+        if self.random_state is None:
+            self.random_state = torch.get_rng_state()
+        return super().training_step(*args)
+
+    def get_batch_samples(self, *args):
+        batches, num_items_in_batch = super().get_batch_samples(*args)
+        self.updates.append((batches, num_items_in_batch))
+        return batches, num_items_in_batch
+
+
+class Losses(MarsTrainer):
+    """Keeps the loss of every evaluation in training, in order, at x_{t−1} and x_t."""
+
+    def __init__(self, *args, **kwargs):
+        self.evaluated = []
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = super().compute_loss(model, *args, **kwargs)
+        if model.training:
+            self.evaluated.append(loss.detach().clone())
+        return loss
+
+
 def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -72,8 +122,15 @@ def optimizer_of(trainer):
 
 
 __all__ = [
+    "APPROX",
     "BLOCK",
+    "EXACT",
+    "NO_DROPOUT",
+    "Batches",
     "CountSteps",
+    "Losses",
+    "MarsTrainer",
+    "Recorder",
     "Trainer",
     "losses",
     "make_trainer",

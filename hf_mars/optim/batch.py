@@ -1,77 +1,171 @@
-"""What one step works on: parameters that are updated in the same way, beside their gradients and states."""
+"""The tensors that one step works on: those of a group that are updated alike, as lists of plain local tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from types import ModuleType
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .correction import reads_are_free
-from .precision import needs_wide_copies
-from .sharding import elements_a_rank, is_sharded
+from .algorithm.correction import relative_update_rms
+from .exact import PreviousPoint
+from .form import Form, kappa_of
+from .last_grad import keep
+from .precision import needs_compensation
+from .sharding import WHOLE, Part, Replicas, elements_per_rank, part_of
+from .state import Group, State, decide_form, make_state, state_keys
 
 
 @dataclass
 class Batch:
-    """Parameters of one group that have a gradient, and what their update needs. Gradients are this rank's parts."""
+    """Parameters of one group that have a gradient, of one dtype on one device.
 
-    group: dict[str, Any]
+    Every list has one entry per parameter: this process's part of it, a plain tensor that shares its memory. Lists
+    that the update or the form has no use for are empty.
+    """
+
+    group: Group
+    form: Form
     params: list[Tensor]
     grads: list[Tensor]
-    states: list[dict[str, Any]]
-    previous_grads: list[Tensor] | None  # what κ's bracket subtracts; None: κ = 0, or the one-tensor form
-    kernels: ModuleType | None = None  # cpu or gpu: the step in few passes over memory; None: composed of torch's
-    c: list[Tensor] | None = None
-    norms: list[Tensor] | list[float] | None = None  # ‖c_t‖₂; numbers where the host may look at them
-    finite: list[bool] | None = None  # whether g_t is, where the host knows
+    previous_grads: list[Tensor] | None  # g_{t−1} or ∇f(x_{t−1}, ξ_t); None where c_t is g_t
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    compensations: list[Tensor]
+    states: list[State]
+    parts: list[Part]  # how the tensors lie in the whole parameters; for the two services of sharding.py alone
+    replicas: Replicas | None = None  # ranks that hold equal parameters and gradients, where that is known
 
     @property
-    def keeps_last_grad(self) -> bool:
-        return self.previous_grads is not None and not self.group["exact"]
+    def kappa(self) -> float:
+        return kappa_of(self.group)
 
     @property
-    def gamma(self) -> float:
-        """γ of correction.momentum: where g_{t−1} is not kept, the momentum of plain gradients does the correction."""
-        return self.group["gamma"] if self.previous_grads is None and not self.group["exact"] else 0.0
+    def lr(self) -> Any:
+        """η of the adaptive part: with `adjust_lr_fn="match_rms_adamw"` AdamW gets its update's root mean square."""
+        return self.group["lr"] / self._relative_update_rms
 
     @property
-    def takes_wide_copies(self) -> bool:
-        return any(needs_wide_copies(dtype, self.group) for dtype in {param.dtype for param in self.params})
+    def weight_decay(self) -> float:
+        """λ, so that `lr` times it is the group's ηλ."""
+        return float(self.group["weight_decay"] * self._relative_update_rms)
 
     @property
-    def takes_copies(self) -> bool:
-        if self.kernels is not None:
-            return False
-        if not self.keeps_last_grad:
-            return self.takes_wide_copies
-        pairs = zip(self.previous_grads, self.grads, strict=True)
-        return self.takes_wide_copies or any(last.dtype != grad.dtype for last, grad in pairs)
+    def _relative_update_rms(self) -> float:
+        group = self.group
+        if self.form is not Form.APPROX or group["update"] != "adamw" or group["adjust_lr_fn"] != "match_rms_adamw":
+            return 1.0  # in exact mode both gradients have the same noise, so that c_t has that of g_t
+        return relative_update_rms(group["gamma"], group["betas"][0])
 
     @property
-    def wants_norms(self) -> bool:
-        # Without the clip they tell a CPU whether g_t is finite, for one pass over memory instead of a copy's three.
-        can_tell = self.keeps_last_grad and reads_are_free(self.grads) and not any(map(is_sharded, self.params))
-        return self.group["max_norm"] is not None or can_tell
+    def momentum_gamma(self) -> float:
+        """γ of correction.momentum: in the one-tensor form the momentum of plain gradients does the correction."""
+        return float(self.group["gamma"]) if self.form is Form.ONE_TENSOR else 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds all of every parameter."""
+        return all(part is WHOLE for part in self.parts)
+
+    def keep_last_grads(self, finite: list[bool] | None) -> list[Tensor]:
+        """g_t in the place of g_{t−1}; see `last_grad.keep`. Returns g_t as it is kept."""
+        assert self.previous_grads is not None
+        if not self.is_whole:  # their g_{t−1} stays the memory that it is
+            return keep(self.previous_grads, self.grads, None)
+        kept = keep(self.previous_grads, self.grads, finite)
+        for state, last_grad in zip(self.states, kept, strict=True):
+            state["last_grad"] = last_grad
+        return kept
 
     def pieces(self, elements: int) -> Iterator[Batch]:
         """The same in batches of at most so many elements, or of one parameter; the same batches on every rank."""
         start, count = 0, 0
-        for i, size in enumerate(map(elements_a_rank, self.params)):
+        for i, size in enumerate(map(elements_per_rank, self.params, self.parts)):
             if i > start and count + size > elements:
                 yield self._piece(slice(start, i))
                 start, count = i, 0
             count += size
         yield self._piece(slice(start, None))
 
-    def _piece(self, part: slice) -> Batch:
-        previous_grads = None if self.previous_grads is None else self.previous_grads[part]
-        return replace(
-            self,
-            params=self.params[part],
-            grads=self.grads[part],
-            states=self.states[part],
-            previous_grads=previous_grads,
-        )
+    def _piece(self, chosen: slice) -> Batch:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values.update({name: value[chosen] for name, value in values.items() if isinstance(value, list)})
+        return replace(self, **values)
+
+
+def collect(
+    groups: list[Group],
+    state: Mapping[Tensor, State],
+    forms: dict[Tensor, Form],
+    previous_point: PreviousPoint,
+    replicas: Replicas | None,
+) -> list[Batch]:
+    """Batches of all parameters that have a gradient. Makes the states of those that have none yet.
+
+    Raises:
+        RuntimeError: a gradient is sparse; or an engine has flattened matrices that the update needs whole.
+    """
+    batches = []
+    for group in groups:
+        alike = _alike([param for param in group["params"] if param.grad is not None])
+        form = decide_form(group, state, forms) if alike else Form.PLAIN
+        for params in alike:
+            batches.append(_batch(group, params, state, forms, form, previous_point, replicas))
+    return batches
+
+
+def _alike(params: list[Tensor]) -> list[list[Tensor]]:
+    """Lists of parameters of one dtype on one device: mostly one."""
+    lists: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for param in params:
+        lists.setdefault((param.dtype, param.device), []).append(param)
+    return list(lists.values())
+
+
+def _batch(
+    group: Group,
+    params: list[Tensor],
+    state: Mapping[Tensor, State],
+    forms: dict[Tensor, Form],
+    form: Form,
+    previous_point: PreviousPoint,
+    replicas: Replicas | None,
+) -> Batch:
+    for param in params:
+        if param.grad is not None and param.grad.is_sparse:
+            raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
+    parts = [part_of(param) for param in params]
+    grads = [part.of(param.grad) for part, param in zip(parts, params, strict=True) if param.grad is not None]
+    complete = state_keys(params[0].dtype, group, form)
+    for param, part, grad in zip(params, parts, grads, strict=True):
+        if forms.get(param) is not form or state[param].keys() != complete:
+            make_state(param, part, grad, state[param], group, form)
+            forms[param] = form
+    states = [state[param] for param in params]
+
+    def kept(key: str) -> list[Tensor]:
+        return [part.of(own[key]) for part, own in zip(parts, states, strict=True)]
+
+    previous_grads = None
+    if form is Form.APPROX:
+        previous_grads = kept("last_grad")
+    elif form is Form.EXACT and kappa_of(group) > 0:
+        previous_grads = previous_point.gradients(params, parts, grads)
+    is_adamw = group["update"] == "adamw"
+    return Batch(
+        group,
+        form,
+        params=[part.of(param) for part, param in zip(parts, params, strict=True)],
+        grads=grads,
+        previous_grads=previous_grads,
+        exp_avgs=kept("exp_avg"),
+        exp_avg_sqs=kept("exp_avg_sq") if is_adamw else [],
+        steps=[own["step"] for own in states] if is_adamw else [],
+        compensations=kept("compensation") if needs_compensation(params[0].dtype, group) else [],
+        states=states,
+        parts=parts,
+        replicas=replicas,
+    )

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .correction import scaling
+from .form import kappa_of
 from .groups import KINDS
 from .mars import Mars
-from .sharding import add_up, local, local_grad
+from .sharding import Part, add_up, part_of
 
 
 class _Sums(NamedTuple):
@@ -23,9 +23,9 @@ class _Sums(NamedTuple):
 
 @torch.no_grad()
 def step_diagnostics(optimizer: Mars) -> dict[str, float]:
-    """Describe the step that ``optimizer.step()`` would take with the present gradients. Changes nothing.
+    """Describe the step that `optimizer.step()` would take with the present gradients. Changes nothing.
 
-    Call it between the last backward pass and ``step()``, on every rank. It reads the device once and needs memory
+    Call it between the last backward pass and `step()`, on every rank. It reads the device once and needs memory
     for about one copy of the largest gradient (of each rank's part of it).
 
     Returns:
@@ -39,51 +39,49 @@ def step_diagnostics(optimizer: Mars) -> dict[str, float]:
         A value that cannot be known, or that would divide by zero, is left out: the first two where no tensor is
         corrected (γ = 0) or the optimizer does without g_{t−1} (Lion and Shampoo with max_norm=None).
     """
-    params, sums = [], []
+    parts, sums = [], []
     settings: list[tuple[dict[str, Any], bool]] = []
     rates: dict[str, float] = {}
     previous_known = True
     for group in optimizer.param_groups:
         if group["params"]:
             rates.setdefault(group["kind"], float(group["lr"]))
-        kappa = _kappa(group)
+        kappa = kappa_of(group)
         if kappa == 0 and group["max_norm"] is None:
             continue
         for param in group["params"]:
             if param.grad is None:
                 continue
-            previous = _previous_gradient(optimizer, param, group["exact"]) if kappa else None
+            part = part_of(param)
+            grad = part.of(param.grad)
+            previous = _previous_gradient(optimizer, param, part, grad, group["exact"]) if kappa else None
             if kappa and previous is None and not group["exact"] and "exp_avg" in optimizer.state.get(param, ()):
                 previous_known = False  # a single moving average does the correction's work
                 continue
-            params.append(param)
-            sums.append(_local_sums(local_grad(param), previous))
+            parts.append(part)
+            sums.append(_local_sums(grad, previous))
             settings.append((group, previous is not None))
-    whole = add_up(sums, params)
+    whole = add_up(sums, parts)
     # One read of the device, though a model may be on several.
     rows = [_Sums(*row) for row in torch.stack([s.to(whole[0].device) for s in whole]).tolist()] if whole else []
     ratios = _ratios(rows, settings, previous_known)
     return {**ratios, **{f"lr_{kind}": rates[kind] for kind in KINDS if kind in rates}}
 
 
-def _kappa(group: dict[str, Any]) -> float:
-    return scaling(group["gamma"], group["betas"][0])
-
-
-def _previous_gradient(optimizer: Mars, param: Tensor, exact: bool) -> Tensor | None:
-    """This rank's part of what κ's bracket subtracts from g_t; None at a tensor's first gradient."""
+def _previous_gradient(optimizer: Mars, param: Tensor, part: Part, grad: Tensor, exact: bool) -> Tensor | None:
+    """This process's part of g_prev, which c_t subtracts from g_t; None at a tensor's first gradient."""
     if not exact:
         last_grad = optimizer.state.get(param, {}).get("last_grad")
-        return None if last_grad is None else local(last_grad)
-    if not optimizer._previous_grads:
+        return None if last_grad is None else part.of(last_grad)
+    if not optimizer.previous_grads:
         return None
     # No gradient there: the parameter took no part in this batch at x_{t−1}.
-    previous = optimizer._previous_grads.get(param)
-    return torch.zeros_like(local_grad(param)) if previous is None else local_grad(param, previous)
+    previous = optimizer.previous_grads.get(param)
+    return torch.zeros_like(grad) if previous is None else part.of(previous)
 
 
 def _local_sums(grad: Tensor, previous: Tensor | None) -> Tensor:
-    """:class:`_Sums` of this rank's part of one tensor, on its device, in float32 or better."""
+    """`_Sums` of this rank's part of one tensor, on its device, in float32 or better."""
     g = grad.to(torch.promote_types(grad.dtype, torch.float32)).flatten()  # squares of halves leave their range
     if previous is None:
         return torch.stack([torch.dot(g, g), *g.new_zeros(2)])
@@ -95,7 +93,7 @@ def _ratios(rows: list[_Sums], settings: list[tuple[dict[str, Any], bool]], prev
     gg = difference = squares_g = squares_prev = products = 0.0
     clippable = []
     for row, (group, has_previous) in zip(rows, settings, strict=True):
-        kappa = _kappa(group)
+        kappa = kappa_of(group)
         if kappa > 0:
             gg += row.gg
             difference += kappa**2 * row.dd

@@ -3,19 +3,118 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .sharding import drop_gathered
+from .form import kappa_of
+from .sharding import Part, drop_gathered
+
+Group = dict[str, Any]
+
+
+class PreviousPoint:
+    """∇f(x_{t−1}, ξ_t) for the coming step of one optimizer, and whether the parameters are at x_{t−1} just now.
+
+    x_{t−1} itself is state ("last_param"), so that it is saved.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the gradients made at x_{t−1}."""
+        self._grads: dict[Tensor, Tensor] = {}
+        self._is_evaluated = False
+        self._is_entered = False
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether the parameters are at x_{t−1}."""
+        return self._is_entered
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there are gradients made at x_{t−1}."""
+        return self._is_evaluated
+
+    @property
+    def grads(self) -> Mapping[Tensor, Tensor]:
+        """∇f(x_{t−1}, ξ_t) by parameter; without an entry, a parameter took no part in the batch."""
+        return self._grads
+
+    def is_needed(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether the next step needs gradients at x_{t−1}: exact mode, κ > 0, and not t = 1, where x_0 = x_1."""
+        exact = [group for group in groups if group["exact"]]
+        return any(kappa_of(group) > 0 for group in exact) and any(
+            "last_param" in state.get(param, {}) for group in exact for param in group["params"]
+        )
+
+    @contextlib.contextmanager
+    def enter(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
+        """Inside, the parameters of exact groups hold x_{t−1}; see `Mars.previous_point`."""
+        exact = [group for group in groups if group["exact"]]
+        if not exact:
+            raise RuntimeError("previous_point() needs an optimizer made with exact=True")
+        if self._is_entered:
+            raise RuntimeError("previous_point() is already entered; leave it before entering it again")
+        moved = [param for group in exact for param in group["params"] if "last_param" in state.get(param, {})]
+        pairs = [(param, state[param]["last_param"]) for param in moved]
+        params = [param for group in groups for param in group["params"]]
+        self._is_entered = True
+        try:
+            with _at_previous_point(pairs, params, self._grads):
+                yield
+            self._is_evaluated = bool(pairs)
+        finally:
+            self._is_entered = False
+
+    def check(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Raise a RuntimeError where step() could not do the right thing, before it changes anything."""
+        if self._is_entered:
+            raise RuntimeError(
+                "step() inside previous_point(): the parameters are at x_{t−1}; leave the context first"
+            )
+        if self._is_evaluated or not self.is_needed(groups, state):
+            return
+        corrected = [group for group in groups if group["exact"] and kappa_of(group) > 0]
+        if any(param.grad is not None for group in corrected for param in group["params"]):
+            raise RuntimeError(
+                "exact=True needs the gradient at the previous point before step(): evaluate the same batch in "
+                "`with optimizer.previous_point():` first (MarsTrainer does it by itself; zero_grad() drops what was "
+                "evaluated, so call it after step()), or use exact=False"
+            )
+
+    def gradients(self, params: list[Tensor], parts: list[Part], grads: list[Tensor]) -> list[Tensor]:
+        """∇f(x_{t−1}, ξ_t) of this process's parts of `params`; `grads` are theirs of g_t."""
+        if not self._is_evaluated:
+            return [grad.clone() for grad in grads]  # x_0 = x_1
+        # No gradient there: the parameter took no part in this batch at x_{t−1} (an expert not routed to).
+        return [
+            part.of(self._grads[param]) if param in self._grads else torch.zeros_like(grad)
+            for param, part, grad in zip(params, parts, grads, strict=True)
+        ]
+
+    def keep(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Keep x_t of exact groups, which this step moves away from. Parameters left alone have x_{t+1} = x_t."""
+        for group in groups:
+            if not group["exact"]:
+                continue
+            for param in group["params"]:
+                last_param = state.get(param, {}).get("last_param")
+                if last_param is not None:
+                    last_param.copy_(param)
+                elif param.grad is not None:
+                    state[param]["last_param"] = param.detach().clone(memory_format=torch.preserve_format)
 
 
 @contextlib.contextmanager
-def at_previous_point(
+def _at_previous_point(
     pairs: list[tuple[Tensor, Tensor]], params: list[Tensor], previous_grads: dict[Tensor, Tensor]
 ) -> Iterator[None]:
     """Inside, parameters hold x_{t−1}; on leaving they are x_t again, bit for bit, also after an exception.
@@ -23,7 +122,7 @@ def at_previous_point(
     Args:
         pairs: (parameter, its x_{t−1}) of the parameters that have moved; empty at the first step, where x_0 = x_1.
         params: every parameter whose gradient is set aside on entry and brought back on leaving.
-        previous_grads: gradients made inside are added to this mapping, unless the body raises or ``pairs`` is empty.
+        previous_grads: gradients made inside are added to this mapping, unless the body raises or `pairs` is empty.
 
     The random number generators are put back too: the evaluation that follows sees the same dropout masks (the same
     ξ_t), and the random stream of a run does not depend on whether the previous point was evaluated.
@@ -46,7 +145,7 @@ def at_previous_point(
         drop_gathered(params)
         torch.clear_autocast_cache()
         for param, (grad, values) in zip(params, set_aside, strict=True):
-            param.grad = grad if values is None else grad.copy_(values)
+            param.grad = grad if grad is None or values is None else grad.copy_(values)
         for put_back, state in random_states:
             put_back(state)
 
@@ -76,7 +175,7 @@ def _collect(params: list[Tensor], previous_grads: dict[Tensor, Tensor]) -> None
 
 
 def _is_shared(grad: Tensor) -> bool:
-    """Whether ``grad`` is a view into a buffer that the next backward may fill again (DDP's buckets)."""
+    """Whether `grad` is a view into a buffer that the next backward may fill again (DDP's buckets)."""
     return grad._is_view()
 
 
@@ -97,5 +196,6 @@ def _random_states(params: list[Tensor]) -> list[tuple[Callable[[Any], Any], Any
         if device.type == "mps":  # one generator, no device argument
             states.append((module.set_rng_state, module.get_rng_state()))
         else:
-            states.append((lambda state, m=module, d=device: m.set_rng_state(state, d), module.get_rng_state(device)))
+            put_back = functools.partial(module.set_rng_state, device=device)
+            states.append((put_back, module.get_rng_state(device)))
     return states

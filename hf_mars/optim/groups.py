@@ -1,6 +1,6 @@
 """What each parameter is to MARS: a matrix, an embedding or "1d", and how a matrix is stored.
 
-Decided once, when groups are made. ``step()`` never looks at shapes for it, since engines flatten and shard parameters
+Decided once, when groups are made. `step()` never looks at shapes for it, since engines flatten and shard parameters
 behind the optimizer's back; the answer travels in the param_group instead ("kind" and "layout").
 """
 
@@ -20,7 +20,7 @@ class ParameterRole(NamedTuple):
 
     Attributes:
         kind: "matrix", "embedding" (embeddings and output heads) or "1d" (fewer than two dimensions).
-        layout: how its matrix is stored: "out_in" as in ``torch.nn.Linear``, "in_out" as in GPT-2's ``Conv1D``, "conv"
+        layout: how its matrix is stored: "out_in" as in `torch.nn.Linear`, "in_out" as in GPT-2's `Conv1D`, "conv"
             for a convolution's (out, everything else). With the first two, three dimensions are a stack of matrices,
             more are a convolution.
     """
@@ -56,11 +56,11 @@ _BARE_EMBEDDINGS = re.compile(r"(^|\.)[^.]*(embed|token)[^.]*$")
 
 
 def parameter_roles(model: nn.Module) -> dict[Tensor, ParameterRole]:
-    """Read the role of every parameter of ``model`` off the module that holds it.
+    """Read the role of every parameter of `model` off the module that holds it.
 
-    Embeddings are the weights of ``nn.Embedding`` and of the output head (``get_output_embeddings()`` where the model
+    Embeddings are the weights of `nn.Embedding` and of the output head (`get_output_embeddings()` where the model
     has it, else a linear layer named lm_head, embed_out, score, classifier or qa_outputs), tied ones once. Orientation
-    comes from the module: transformers' ``Conv1D`` and expert stacks marked ``is_transposed`` store (in, out).
+    comes from the module: transformers' `Conv1D` and expert stacks marked `is_transposed` store (in, out).
     """
     roles: dict[Tensor, ParameterRole] = {}
     output = getattr(model, "get_output_embeddings", lambda: None)()

@@ -32,13 +32,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def dtype_of(value: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype that a setting names."""
-    return _DTYPES.get(value, value)
+    """The dtype that a setting names; None for None, and for a name of none."""
+    return _DTYPES.get(value) if isinstance(value, str) else value
 
 
 def dtype_name(value: torch.dtype | str | None) -> str | None:
     """The name of a dtype, in which param_groups keep it: FSDP2's checkpoints take no dtypes."""
-    return next((name for name, dtype in _DTYPES.items() if dtype == value), value)
+    if value is None or isinstance(value, str):
+        return value
+    return next(name for name, dtype in _DTYPES.items() if dtype == value)
 
 
 _STATE_DTYPE = ("float32, bfloat16 or None", lambda v: v is None or dtype_of(v) in _DTYPES.values())

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A prototype of torch's: the clone and the original share memory until either is written to. Where a version lacks it,
-# or what the proof below asks for, gradients are copied.
-_lazy_clone = getattr(torch, "_lazy_clone", None)
+# torch._lazy_clone is a prototype: the clone and the original share memory until either is written to. Where a version
+# lacks it, or what the proof below asks for, gradients are copied.
 
 
-def remember(last_grads: list[Tensor], grads: list[Tensor], finite: list[bool] | None) -> list[Tensor]:
+def keep(last_grads: list[Tensor], grads: list[Tensor], finite: list[bool] | None) -> list[Tensor]:
     """g_t in the place of the g_{t−1} that this step used up. Non-finite entries become zero.
 
     zero_grad(set_to_none=False), DDP's bucket views and gradient-reusing engines write into the very tensors in
-    ``grads``, so the values are copied, unless :func:`can_take_over` proves that a later write would be noticed. One
-    bad gradient must not stay in the correction, hence the zeros.
+    `grads`, so the values are copied, unless `can_take_over` proves that a later write would be noticed. One bad
+    gradient must not stay in the correction, hence the zeros.
 
     Args:
         last_grads: memory that may be written to; its dtype is the result's.
@@ -26,13 +25,13 @@ def remember(last_grads: list[Tensor], grads: list[Tensor], finite: list[bool] |
         finite: for each whether g_t is; None if that is not known.
 
     Returns:
-        What to keep as g_{t−1}: members of ``last_grads``, or lazy clones of members of ``grads``.
+        What to keep as g_{t−1}: members of `last_grads`, or lazy clones of members of `grads`.
     """
-    result = []
+    result: list[Tensor] = []
     for i, (last_grad, grad) in enumerate(zip(last_grads, grads, strict=True)):
         alike = last_grad.dtype == grad.dtype and last_grad.stride() == grad.stride()
         if finite is not None and finite[i] and alike and can_take_over(grad):
-            last_grad = _lazy_clone(grad)
+            last_grad = torch._lazy_clone(grad)
         elif last_grad.dtype == grad.dtype:
             torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0, out=last_grad)
         else:
@@ -42,11 +41,11 @@ def remember(last_grads: list[Tensor], grads: list[Tensor], finite: list[bool] |
 
 
 def can_take_over(grad: Tensor) -> bool:
-    """Whether memory of ``grad`` may be kept as g_{t−1} without copying it.
+    """Whether memory of `grad` may be kept as g_{t−1} without copying it.
 
-    torch makes the copy by itself if anything writes to ``grad`` through torch later ("copy on write"); if the
+    torch makes the copy by itself if anything writes to `grad` through torch later ("copy on write"); if the
     gradient is dropped instead, as zero_grad(set_to_none=True) does, there never is one. What could write behind
-    torch's back is excluded: other tensors in the same memory (buckets, flat buffers, ``.data``), memory that is
+    torch's back is excluded: other tensors in the same memory (buckets, flat buffers, `.data`), memory that is
     NumPy's, shared between processes or exported through DLPack, and accelerators, whose captured graphs write to
     addresses.
     """
@@ -63,11 +62,13 @@ def can_take_over(grad: Tensor) -> bool:
 
 def _owners(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int]:
     """How many hold the tensor (Python's variables count as one), and how many hold its memory."""
-    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    uses: int = tensor._use_count()  # type: ignore[attr-defined]  # not in torch's stubs
+    return uses, torch._C._storage_Use_Count(storage._cdata)
 
 
 def _owners_of_a_fresh_gradient() -> tuple[int, int] | None:
-    if _lazy_clone is None or not hasattr(Tensor, "_use_count") or not hasattr(torch.UntypedStorage, "resizable"):
+    needed = ((torch, "_lazy_clone"), (Tensor, "_use_count"), (torch.UntypedStorage, "resizable"))
+    if not all(hasattr(owner, name) for owner, name in needed):
         return None
     param = torch.nn.Parameter(torch.zeros(1))
     param.grad = torch.zeros(1)
@@ -81,17 +82,17 @@ class LastNorms:
     """‖g_{t−1}‖₂, measured when it was g_t, for as long as nothing has written to "last_grad" since.
 
     With it a step can often tell from ‖g_t‖ alone that c_t is too short to be clipped, without a pass over g_{t−1}.
-    What a norm is, a number or a place in a tensor, is the caller's affair. torch's count of writes tells whether a
-    tensor was written to; it misses what goes through ``.data``, and collective operations.
+    A norm is a number or a place in a tensor, as the caller likes. torch's count of writes tells whether a tensor was
+    written to; it misses writes through `.data`, and collective operations.
     """
 
-    def __init__(self):
-        self._known: dict[int, tuple[weakref.ref, tuple, Any]] = {}
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Any]] = {}
         self._trusted = True
 
     def take(self, last_grads: list[Tensor]) -> list[Any]:
         """The norms, which are then forgotten; None where it is not known."""
-        norms = [None] * len(last_grads)
+        norms: list[Any] = [None] * len(last_grads)
         for i, last_grad in enumerate(last_grads):
             known = self._known.pop(id(last_grad), None)
             if known is not None and known[0]() is last_grad and known[1] == _contents(last_grad):
@@ -99,7 +100,7 @@ class LastNorms:
         return norms
 
     def remember(self, last_grads: list[Tensor], norms: list[Any]) -> None:
-        """What :meth:`take` is to return; None where unknown."""
+        """The norms that `take` is to return; None where unknown."""
         if self._trusted:
             for last_grad, norm in zip(last_grads, norms, strict=True):
                 self._known[id(last_grad)] = weakref.ref(last_grad), _contents(last_grad), norm
@@ -111,5 +112,5 @@ class LastNorms:
 
 
 def _contents(tensor: Tensor) -> tuple[int, int]:
-    """What differs when the values do; does not make a lazy clone copy, as data_ptr() would."""
-    return tensor._version, torch._C._data_address(tensor)
+    """Differs when the values do; does not make a lazy clone copy, as data_ptr() would."""
+    return tensor._version, torch._C._data_address(tensor)  # type: ignore[attr-defined]  # not in torch's stubs

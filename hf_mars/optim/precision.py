@@ -8,7 +8,7 @@ the parameter's dtype, "compensation", and added the next time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,36 +20,40 @@ HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
-def needs_compensation(dtype: torch.dtype, group: dict[str, Any]) -> bool:
-    """Whether such parameters are updated with Kahan summation: half precisions are, unless ``kahan_sum`` is False."""
+def needs_compensation(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
+    """Whether such parameters are updated with Kahan summation: half precisions are, unless `kahan_sum` is False."""
     return dtype in HALF_PRECISIONS and group["kahan_sum"] is not False
 
 
-def needs_wide_copies(dtype: torch.dtype, group: dict[str, Any]) -> bool:
+def needs_wide_copies(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
     """Whether such parameters are updated in full-precision copies: torch's kernels want one dtype throughout."""
     return needs_compensation(dtype, group) or dtype_of(group["state_dtype"]) not in (None, dtype)
 
 
 @contextlib.contextmanager
 def widened(
-    params: list[Tensor], c: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
-) -> Iterator[tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]]:
-    """(parameters, c, states) to update in place in float32 or better; what they became is rounded back on leaving.
+    params: list[Tensor], averages: list[list[Tensor]], compensations: list[Tensor]
+) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
+    """Parameters and moving averages to update in place in float32 or better; rounded back on leaving.
 
     A wide parameter is x + compensation, and is rounded back to that: twice a half precision's significant bits.
+
+    Args:
+        params: of one dtype.
+        averages: lists of tensors as long as `params`.
+        compensations: one per parameter, or none.
     """
-    wide_params, wide_states = [], []
-    for param, state in zip(params, states, strict=True):
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        wide = param.to(dtype, copy=True)
-        wide_params.append(wide.add_(state["compensation"]) if "compensation" in state else wide)
-        averages = {key: state[key].to(dtype) for key in AVERAGES if key in state}
-        wide_states.append({**state, **averages})
-    yield wide_params, [x.to(wide.dtype) for x, wide in zip(c, wide_params, strict=True)], wide_states
-    for param, state, wide, wide_state in zip(params, states, wide_params, wide_states, strict=True):
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    wide_params = [param.to(dtype, copy=True) for param in params]
+    for wide, compensation in zip(wide_params, compensations, strict=False):
+        wide.add_(compensation)
+    wide_averages = [[average.to(dtype) for average in kind] for kind in averages]
+    yield wide_params, wide_averages
+    for param, wide in zip(params, wide_params, strict=True):
         param.copy_(wide)
-        if "compensation" in state:
-            state["compensation"].copy_(wide.sub_(param))
-        for key in AVERAGES:
-            if key in state and wide_state[key] is not state[key]:
-                state[key].copy_(wide_state[key])
+    for compensation, param, wide in zip(compensations, params, wide_params, strict=False):
+        compensation.copy_(wide.sub_(param))
+    for kind, wide_kind in zip(averages, wide_averages, strict=True):
+        for average, wide in zip(kind, wide_kind, strict=True):
+            if wide is not average:
+                average.copy_(wide)

@@ -1,7 +1,8 @@
 """Parameters spread over processes. The only file that knows DTensor (FSDP2, HSDP, tensor parallelism) and ranks.
 
-Elementwise work needs no communication: it runs on each rank's own part, :func:`local`. Two things need the whole of a
-parameter: the norm of the clip (:func:`norms`) and orthogonalisation (:func:`on_whole_matrices`).
+A step works on plain local tensors: this process's part of each parameter (`part_of`). Elementwise work needs no
+communication. Two services need whole parameters: `norms_of_wholes`, for the clip, and `on_whole_matrices`, for
+orthogonalisation.
 """
 
 from __future__ import annotations
@@ -16,36 +17,67 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 Function = Callable[[list[Tensor]], list[Tensor]]
+Replicas = dist.ProcessGroup
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, in the same memory; a tensor that is not sharded is returned as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+# ---- parts ----
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor."""
-    return isinstance(tensor, DTensor)
+class Part:
+    """What this process holds of a parameter: here all of it."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This process's part of a tensor laid out like the parameter (gradient, state), in the same memory."""
+        return tensor
+
+    def whole_shape(self, part: Tensor) -> torch.Size:
+        """The shape of the whole parameter, given this process's part of it."""
+        return part.shape
 
 
-def local_grad(param: Tensor, grad: Tensor | None = None) -> Tensor:
-    """The part of ``grad`` (default: ``param.grad``) that belongs to this rank's part of ``param``.
+WHOLE = Part()
 
-    Tensor parallelism leaves some gradients as sums still to be made, or laid out otherwise than the parameter.
-    """
-    grad = param.grad if grad is None else grad
-    if isinstance(grad, DTensor) and grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
-    return local(grad)
+
+class DTensorPart(Part):
+    """The local shard of a DTensor."""
+
+    def __init__(self, param: DTensor):
+        self.param = param
+        # The dimensions of the mesh along which ranks have different parts.
+        self.mesh_dims = tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
+
+    def of(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        if tensor.placements != self.param.placements:
+            # Tensor parallelism leaves some gradients as sums still to be made, or laid out otherwise.
+            tensor = tensor.redistribute(placements=self.param.placements)
+        return tensor.to_local()
+
+    def whole_shape(self, part: Tensor) -> torch.Size:
+        return self.param.shape
+
+
+def part_of(param: Tensor) -> Part:
+    """How this process's memory lies in a parameter."""
+    return DTensorPart(param) if isinstance(param, DTensor) else WHOLE
+
+
+def elements_per_rank(tensor: Tensor, part: Part) -> int:
+    """Elements of a parameter that a rank has, on average: the same number on every rank, if parts are uneven too."""
+    if not isinstance(part, DTensorPart):
+        return tensor.numel()
+    shards = math.prod(part.param.device_mesh.size(d) for d in part.mesh_dims)
+    return -(-part.param.numel() // shards)
 
 
 def drop_gathered(params: list[Tensor]) -> None:
-    """Make FSDP2 gather its parameters anew at their next use, for ``params`` have been changed under it.
+    """Make FSDP2 gather its parameters anew at their next use, for `params` have been changed under it.
 
     After a forward pass without a backward one (an evaluation) it keeps what it has gathered, and trusts it. Other
     models under FSDP2 only have to gather once more.
     """
-    if any(map(is_sharded, params)):
+    if any(isinstance(param, DTensor) for param in params):
         from torch.distributed._composable_state import _module_state_mapping  # nothing public leads there from params
         from torch.distributed.fsdp import FSDPModule
 
@@ -54,38 +86,28 @@ def drop_gathered(params: list[Tensor]) -> None:
                 module.reshard()
 
 
-def _sharded_dims(param: DTensor) -> tuple[int, ...]:
-    """The dimensions of the mesh along which ranks have different parts of ``param``."""
-    return tuple(d for d, placement in enumerate(param.placements) if not placement.is_replicate())
-
-
-def elements_a_rank(param: Tensor) -> int:
-    """How many elements a rank has of a tensor, on average: the same number on every rank, if parts are uneven too."""
-    shards = math.prod(param.device_mesh.size(d) for d in _sharded_dims(param)) if is_sharded(param) else 1
-    return -(-param.numel() // shards)
-
-
 # ---- norms ----
 
 
-def norms(parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """‖·‖₂ of each whole tensor, given this rank's parts, as 0-d tensors on their device."""
-    values = _local_norms(parts)
-    if any(map(is_sharded, params)):
-        values = [square.sqrt_() for square in add_up([value.square() for value in values], params)]
-    return values
+def norms_of_wholes(tensors: list[Tensor], parts: list[Part]) -> list[Tensor]:
+    """‖·‖₂ of each whole tensor, given this process's parts of them: 0-d tensors on their device."""
+    norms = _local_norms(tensors)
+    if all(part is WHOLE for part in parts):
+        return norms
+    squares = add_up([norm.square() for norm in norms], parts)
+    return [square.sqrt_() for square in squares]
 
 
-def add_up(values: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """Sums over the ranks' parts of each of ``params``, given this rank's sums: tensors of one shape.
+def add_up(values: list[Tensor], parts: list[Part]) -> list[Tensor]:
+    """Sums over the ranks of this process's values, one for each of `parts`: tensors of one shape.
 
     One small all-reduce for all tensors that are sharded alike; none for tensors that are not sharded.
     """
     sums = list(values)
     sharded: dict[tuple, list[int]] = {}
-    for i, param in enumerate(params):
-        if isinstance(param, DTensor):
-            sharded.setdefault((param.device_mesh, _sharded_dims(param), values[i].dtype), []).append(i)
+    for i, part in enumerate(parts):
+        if isinstance(part, DTensorPart):
+            sharded.setdefault((part.param.device_mesh, part.mesh_dims, values[i].dtype), []).append(i)
     for (mesh, mesh_dims, _), indices in sharded.items():
         stacked = torch.stack([values[i] for i in indices])
         for mesh_dim in mesh_dims:
@@ -95,78 +117,76 @@ def add_up(values: list[Tensor], params: list[Tensor]) -> list[Tensor]:
     return sums
 
 
-def _local_norms(parts: list[Tensor]) -> list[Tensor]:
+def _local_norms(tensors: list[Tensor]) -> list[Tensor]:
     """In float32 or better: a half precision can neither hold the squares nor add them up."""
-    if all(t.is_cpu and t.is_contiguous() for t in parts):
+    if all(t.is_cpu and t.is_contiguous() for t in tensors):
         # Twice as fast as torch's norm on CPUs.
-        flat = [t.view(-1) if t.itemsize >= 4 else t.view(-1).float() for t in parts]
+        flat = [t.view(-1) if t.itemsize >= 4 else t.view(-1).float() for t in tensors]
         return [torch.dot(t, t).sqrt() for t in flat]
-    results: list[Tensor] = [None] * len(parts)
+    results: dict[int, Tensor] = {}
     by_dtype: dict[torch.dtype, list[int]] = {}
-    for i, part in enumerate(parts):
-        by_dtype.setdefault(torch.promote_types(part.dtype, torch.float32), []).append(i)
+    for i, tensor in enumerate(tensors):
+        by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(i)
     for dtype, indices in by_dtype.items():
-        values = torch._foreach_norm([parts[i] for i in indices], 2, dtype=dtype)
-        for i, value in zip(indices, values, strict=True):
-            results[i] = value
-    return results
+        values = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=dtype)
+        results.update(zip(indices, values, strict=True))
+    return [results[i] for i in range(len(tensors))]
 
 
 # ---- whole matrices ----
 
 
 def on_whole_matrices(
-    function: Function, parts: list[Tensor], params: list[Tensor], replicas: dist.ProcessGroup | None
+    function: Function, tensors: list[Tensor], parts: list[Part], replicas: Replicas | None
 ) -> list[Tensor]:
-    """Apply ``function`` to whole tensors of which this rank has ``parts``; return its parts of the results.
+    """Apply `function` to whole tensors of which this process has `tensors`; return its parts of the results.
 
     Every tensor is worked on by one rank only, where that can be arranged:
 
     - sharded along one mesh dimension: the ranks of that dimension send each other the shards of the matrices that
       they work on, and the results back (two all-to-alls, together twice the tensors' size spread over all ranks);
-    - not sharded, with ``replicas`` given: each rank works on its share and broadcasts the results;
+    - not sharded, with `replicas` given: each rank works on its share and broadcasts the results;
     - else every rank works on everything, on tensors sharded along several mesh dimensions after gathering them.
 
     Args:
         function: from a list of tensors to a list of tensors of the same shapes and dtypes.
-        parts: this rank's local tensors.
-        params: their parameters, which say how they are sharded.
-        replicas: ranks whose ``parts`` are equal, or None where that is not known.
+        tensors: this process's local tensors.
+        parts: how they lie in the whole ones.
+        replicas: ranks whose `tensors` are equal, or None where that is not known.
     """
-    results: list[Tensor] = [None] * len(parts)
     ways: dict[tuple, list[int]] = {}
-    for i, param in enumerate(params):
-        ways.setdefault((parts[i].dtype, parts[i].device, *_way(param, replicas)), []).append(i)
+    for i, part in enumerate(parts):
+        ways.setdefault((tensors[i].dtype, tensors[i].device, *_way(part, replicas)), []).append(i)
+    results: dict[int, Tensor] = {}
     for (_, _, way, *where), indices in ways.items():
-        chosen_parts, chosen_params = [parts[i] for i in indices], [params[i] for i in indices]
-        for i, result in zip(indices, way(function, chosen_parts, chosen_params, *where), strict=True):
-            results[i] = result
-    return results
+        chosen, chosen_parts = [tensors[i] for i in indices], [parts[i] for i in indices]
+        results.update(zip(indices, way(function, chosen, chosen_parts, *where), strict=True))
+    return [results[i] for i in range(len(tensors))]
 
 
-def _way(param: Tensor, replicas: dist.ProcessGroup | None) -> tuple:
-    """Which of the functions below works on ``param``, and its further arguments."""
-    if not isinstance(param, DTensor):
+def _way(part: Part, replicas: Replicas | None) -> tuple:
+    """Which of the functions below works on a parameter, and its further arguments."""
+    if not isinstance(part, DTensorPart):
         shares = replicas is not None and replicas.size() > 1
         return (_on_replicas, replicas) if shares else (_on_every_rank,)
-    mesh_dims = _sharded_dims(param)
-    if len(mesh_dims) == 1 and type(param.placements[mesh_dims[0]]) is Shard:
-        group = param.device_mesh.get_group(mesh_dims[0])
-        return (_on_owners, group, param.placements[mesh_dims[0]].dim)
+    placements = part.param.placements
+    if len(part.mesh_dims) == 1 and type(shard := placements[part.mesh_dims[0]]) is Shard:
+        return _on_owners, part.param.device_mesh.get_group(part.mesh_dims[0]), shard.dim
     return (_on_gathered,)
 
 
-def _on_every_rank(function: Function, parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    return function(parts)
+def _on_every_rank(function: Function, tensors: list[Tensor], parts: list[Part]) -> list[Tensor]:
+    return function(tensors)
 
 
-def _on_gathered(function: Function, parts: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+def _on_gathered(function: Function, tensors: list[Tensor], parts: list[DTensorPart]) -> list[Tensor]:
+    params = [part.param for part in parts]
     layouts = [(param.device_mesh, param.placements) for param in params]
     wholes = [
         DTensor.from_local(
-            part, mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
+            tensor, mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
         ).full_tensor()
-        for part, param, (mesh, placements) in zip(parts, params, layouts, strict=True)
+        for tensor, param, (mesh, placements) in zip(tensors, params, layouts, strict=True)
     ]
     return [
         DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -176,14 +196,12 @@ def _on_gathered(function: Function, parts: list[Tensor], params: list[Tensor]) 
     ]
 
 
-def _on_replicas(
-    function: Function, parts: list[Tensor], params: list[Tensor], group: dist.ProcessGroup
-) -> list[Tensor]:
+def _on_replicas(function: Function, tensors: list[Tensor], parts: list[Part], group: Replicas) -> list[Tensor]:
     ranks = range(group.size())
-    owners = _owners(params, len(ranks))
+    owners = owners_of([tensor.shape for tensor in tensors], len(ranks))
     of_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in ranks]
-    buffers = [parts[0].new_empty(sum(parts[i].numel() for i in theirs)) for theirs in of_owner]
-    buffers[group.rank()] = _pack(function([parts[i] for i in of_owner[group.rank()]]), like=parts[0])
+    buffers = [tensors[0].new_empty(sum(tensors[i].numel() for i in theirs)) for theirs in of_owner]
+    buffers[group.rank()] = _pack(function([tensors[i] for i in of_owner[group.rank()]]), like=tensors[0])
     # Not an all-gather: that wants equal sizes, up to the largest matrix a rank where ranks outnumber matrices.
     sent = [
         dist.broadcast(buffer, dist.get_global_rank(group, r), group=group, async_op=True)
@@ -192,27 +210,22 @@ def _on_replicas(
     ]
     for work in sent:
         work.wait()
-    results: list[Tensor] = [None] * len(parts)
-    for theirs, buffer in zip(of_owner, buffers, strict=True):
-        for i, result in zip(theirs, _unpack(buffer, [parts[i].shape for i in theirs]), strict=True):
-            results[i] = result
-    return results
+    return _sorted_out(of_owner, buffers, tensors)
 
 
 def _on_owners(
-    function: Function, parts: list[Tensor], params: list[Tensor], group: dist.ProcessGroup, dim: int
+    function: Function, tensors: list[Tensor], parts: list[DTensorPart], group: Replicas, dim: int
 ) -> list[Tensor]:
     ranks = range(group.size())
-    owners = _owners(params, len(ranks))
+    owners = owners_of([part.param.shape for part in parts], len(ranks))
     of_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in ranks]
     mine = of_owner[group.rank()]
-    shapes = [
-        _shard_shapes(param.shape, len(ranks), dim) for param in params
-    ]  # shapes[i][r]: the i-th tensor's, rank r's
+    # shapes[i][r]: of the i-th tensor, rank r's shard
+    shapes = [_shard_shapes(part.param.shape, len(ranks), dim) for part in parts]
 
     # To every owner my shards of its tensors; from every rank its shards of mine.
     buffers = _all_to_all(
-        [_pack([parts[i] for i in theirs], like=parts[0]) for theirs in of_owner],
+        [_pack([tensors[i] for i in theirs], like=tensors[0]) for theirs in of_owner],
         [sum(math.prod(shapes[i][r]) for i in mine) for r in ranks],
         group,
     )
@@ -225,15 +238,19 @@ def _on_owners(
         for i, result in zip(mine, function(wholes), strict=True)
     ]
     buffers = _all_to_all(
-        [_pack([pieces[r] for pieces in cut], like=parts[0]) for r in ranks],
-        [sum(parts[i].numel() for i in theirs) for theirs in of_owner],
+        [_pack([pieces[r] for pieces in cut], like=tensors[0]) for r in ranks],
+        [sum(tensors[i].numel() for i in theirs) for theirs in of_owner],
         group,
     )
-    results: list[Tensor] = [None] * len(parts)
+    return _sorted_out(of_owner, buffers, tensors)
+
+
+def _sorted_out(of_owner: list[list[int]], buffers: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """The results out of the vector that each owner sent, in the order and shapes of `like`."""
+    results: dict[int, Tensor] = {}
     for theirs, buffer in zip(of_owner, buffers, strict=True):
-        for i, result in zip(theirs, _unpack(buffer, [parts[i].shape for i in theirs]), strict=True):
-            results[i] = result
-    return results
+        results.update(zip(theirs, _unpack(buffer, [like[i].shape for i in theirs]), strict=True))
+    return [results[i] for i in range(len(like))]
 
 
 def _pack(tensors: list[Tensor], *, like: Tensor) -> Tensor:
@@ -247,8 +264,8 @@ def _unpack(buffer: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return [buffer[end - math.prod(shape) : end].view(shape) for end, shape in zip(ends, shapes, strict=True)]
 
 
-def _all_to_all(sent: list[Tensor], counts: list[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Send the r-th tensor to rank r of ``group``; receive as many elements as ``counts`` says from each."""
+def _all_to_all(sent: list[Tensor], counts: list[int], group: Replicas) -> list[Tensor]:
+    """Send the r-th tensor to rank r of `group`; receive as many elements as `counts` says from each."""
     received = sent[0].new_empty(sum(counts))
     dist.all_to_all_single(received, torch.cat(sent), counts, [t.numel() for t in sent], group=group)
     return list(received.split(counts))
@@ -261,12 +278,12 @@ def _shard_shapes(shape: torch.Size, ranks: int, dim: int) -> list[tuple[int, ..
     return [(*shape[:dim], size, *shape[dim + 1 :]) for size in sizes]
 
 
-def _owners(params: list[Tensor], ranks: int) -> list[int]:
+def owners_of(shapes: list[torch.Size], ranks: int) -> list[int]:
     """Which rank works on which tensor: the most expensive first, each to the rank with the least work so far."""
-    costs = [param.numel() * min(param.shape[-2:]) for param in params]
+    costs = [math.prod(shape) * min(shape[-2:]) for shape in shapes]
     loads = [0] * ranks
-    owners = [0] * len(params)
-    for i in sorted(range(len(params)), key=lambda i: -costs[i]):
+    owners = [0] * len(shapes)
+    for i in sorted(range(len(shapes)), key=lambda i: -costs[i]):
         owners[i] = loads.index(min(loads))
         loads[owners[i]] += costs[i]
     return owners

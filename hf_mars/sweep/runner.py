@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..trainer.registry import RUN_LOG_VARIABLE
+from ..trainer.names import RUN_LOG_VARIABLE
 from .command import through_hf_mars
 from .curves import diverged, final_loss, read_log, seconds_per_step
 from .errors import SweepError

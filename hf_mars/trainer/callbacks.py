@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, has_length
@@ -19,66 +20,81 @@ if TYPE_CHECKING:  # this module is imported at the end of transformers.trainer'
 
 
 def mars_optimizer(optimizer: Optimizer | None) -> Mars | None:
-    """The MARS optimizer that ``optimizer`` is, or that accelerate has wrapped in it; else None."""
+    """The MARS optimizer that `optimizer` is, or that accelerate has wrapped in it; else None."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return optimizer if isinstance(optimizer, Mars) else None
 
 
 class MarsDiagnosticsCallback(TrainerCallback):
-    """Adds to the logged loss what MARS did at that step: :func:`~hf_mars.optim.diagnostics.step_diagnostics`, each
-    name after "mars/".
+    """Adds to the logged loss a description of that step: the values of `hf_mars.optim.diagnostics.step_diagnostics`,
+    each under its name with "mars/" before it.
 
-    Steps that are not logged measure nothing. The values go wherever the loss goes: ``log_history``,
-    ``trainer_state.json`` and the reporters (TensorBoard, Trackio, W&B). Reporters are called in their place in the
-    Trainer's list of callbacks, so this one must come before them: :class:`MarsTrainer` has it there;
-    ``MarsDiagnosticsCallback().attach(trainer)`` puts it there in any other Trainer. In ``Trainer(callbacks=[…])`` it
-    comes after them, and only ``log_history`` and ``trainer_state.json`` get the values.
+    Steps that are not logged measure nothing. The values go wherever the loss goes: `log_history`,
+    `trainer_state.json` and the reporters (TensorBoard, Trackio, W&B). Callbacks are called in the order of the
+    Trainer's list, and reporters are callbacks, so this one must come before them: `MarsTrainer` has it there;
+    `MarsDiagnosticsCallback().attach(trainer)` puts it there in any other Trainer. In `Trainer(callbacks=[…])` it
+    comes after them, and only `log_history` and `trainer_state.json` get the values.
 
     With an optimizer that is not MARS's it does nothing.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._flow = DefaultFlowCallback()
-        self._hook = None
+        self._hook: RemovableHandle | None = None
         self._diagnostics: dict[str, float] = {}
 
     def attach(self, trainer: Trainer) -> None:
-        """Put this callback before the reporters of ``trainer``, unless it already has one of its class."""
+        """Put this callback before the reporters of `trainer`, unless that already has one of this class."""
         callbacks = trainer.callback_handler.callbacks
         if not any(isinstance(callback, MarsDiagnosticsCallback) for callback in callbacks):
             callbacks.insert(0, self)
 
-    def on_train_begin(self, *args, **kwargs) -> None:
-        self.on_optimizer_step()  # of a run that broke off in its step
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._remove_hook()  # of a run that broke off in its step
         self._diagnostics = {}
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
     ) -> None:
         mars = mars_optimizer(optimizer)
         if mars is not None and self._will_log(args, state, kwargs.get("train_dataloader")):
-            # Not yet: a gradient scaler (fp16) may unscale the gradients only on its way to step().
+            # Measured only in step(): a gradient scaler (fp16) may unscale the gradients as late as on its way there.
             self._hook = mars.register_step_pre_hook(self._measure)
 
     def _measure(self, optimizer: Mars, args: tuple, kwargs: dict) -> None:
         self._diagnostics = {f"mars/{name}": value for name, value in step_diagnostics(optimizer).items()}
 
-    def on_optimizer_step(self, *args, **kwargs) -> None:
+    def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
-    def on_step_begin(self, *args, **kwargs) -> None:
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._remove_hook()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._diagnostics = {}
 
-    def on_log(self, args, state: TrainerState, control, logs: dict[str, float] | None = None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self._diagnostics and logs is not None and "loss" in logs:
             logs.update(self._diagnostics)
             if state.log_history and "loss" in state.log_history[-1]:  # which holds a copy of logs by now
                 state.log_history[-1].update(self._diagnostics)
             self._diagnostics = {}
 
-    def _will_log(self, args: TrainingArguments, state: TrainerState, train_dataloader) -> bool:
+    def _will_log(self, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> bool:
         """Whether the Trainer will log at the end of the update under way: its own rule, asked one step ahead."""
         if args.logging_strategy == IntervalStrategy.EPOCH:
             return _ends_epoch(state, train_dataloader, args.gradient_accumulation_steps)
@@ -87,7 +103,8 @@ class MarsDiagnosticsCallback(TrainerCallback):
         return self._flow.on_step_end(args, ahead, TrainerControl()).should_log
 
 
-def _ends_epoch(state: TrainerState, train_dataloader, gradient_accumulation_steps: int) -> bool:
+def _ends_epoch(state: TrainerState, train_dataloader: Any, gradient_accumulation_steps: int) -> bool:
+    """Whether the update under way is the last of its epoch."""
     step = state.global_step + 1
     if step == state.max_steps or not has_length(train_dataloader):  # nobody knows where a stream ends
         return step == state.max_steps

@@ -1,4 +1,4 @@
-"""Which engines MARS does not work with, and what to use instead: checked before training starts.
+"""Refuses engines that MARS does not work with, before training starts, and names what to use instead.
 
 FSDP1 and DeepSpeed give an optimizer flat slices, cut without regard to where one parameter ends and the next begins.
 """
@@ -13,29 +13,32 @@ from transformers import TrainingArguments
 
 from ..optim import MarsShampoo
 from ..optim.mars import Mars
+from .defaults import mars_default
+from .names import optim_name
 
 
 def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: dict[str, Any]) -> None:
-    """Refuse what would not be MARS under the engine that ``args`` and the launcher ask for.
+    """Refuse an optimizer that would not be MARS under the engine that `args` and the launcher ask for.
 
     Args:
-        args: after their ``__post_init__``, which reads the engines' configurations.
-        optimizer_cls: the class that ``args.optim`` names.
+        args: after their `__post_init__`, which reads the engines' configurations.
+        optimizer_cls: the class that `args.optim` names.
         settings: the optimizer's keyword arguments; the constructor's defaults where they are missing.
 
     Raises:
         ValueError: FSDP1; DeepSpeed with MarsShampoo, with the clip, in exact mode, or with a configuration that
             replaces the optimizer; several GPUs in one process in exact mode.
     """
-    name = f"optim={getattr(args.optim, 'value', args.optim)!r}"
-    exact = settings.get("exact", False)
+    name = f"optim={optim_name(args)!r}"
+    exact = settings.get("exact", mars_default("exact"))
     if _fsdp_version(args) == 1:
         raise ValueError(
             f"{name} does not work with FSDP1, which gives the optimizer flat slices of the parameters; use FSDP2: "
             'fsdp_version: 2 in accelerate\'s configuration, or fsdp_config={"version": 2}'
         )
     if args.deepspeed_plugin is not None:
-        _check_deepspeed(name, args.deepspeed_plugin.hf_ds_config.config, optimizer_cls, exact, settings)
+        max_norm = settings.get("max_norm", mars_default("max_norm"))
+        _check_deepspeed(name, args.deepspeed_plugin.hf_ds_config.config, optimizer_cls, exact, max_norm)
     if exact and args.n_gpu > 1:
         raise ValueError(
             f"optim_args exact=true does not work with {args.n_gpu} GPUs in one process (torch.nn.DataParallel): the "
@@ -47,12 +50,12 @@ def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: d
 def _fsdp_version(args: TrainingArguments) -> int | None:
     if args.fsdp_plugin_args is not None:
         return args.fsdp_plugin_args.get("fsdp_version", 1)
-    # What `accelerate launch` tells accelerate's FullyShardedDataParallelPlugin.
+    # As `accelerate launch` tells accelerate's FullyShardedDataParallelPlugin.
     return int(os.environ.get("FSDP_VERSION", "1")) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
 
 
 def _check_deepspeed(
-    name: str, config: dict[str, Any], optimizer_cls: type[Mars], exact: bool, settings: dict[str, Any]
+    name: str, config: dict[str, Any], optimizer_cls: type[Mars], exact: bool, max_norm: float | None
 ) -> None:
     if "optimizer" in config:
         raise ValueError(
@@ -68,7 +71,6 @@ def _check_deepspeed(
             "optim_args exact=true does not work with DeepSpeed, whose backward is also its optimizer's step; use "
             "FSDP2 (fsdp_version: 2), DDP or exact=false"
         )
-    max_norm = settings.get("max_norm", 1.0)
     if max_norm is not None:
         raise ValueError(
             f"{name} with max_norm={max_norm} does not work with DeepSpeed: the clip is one of single parameters, and "

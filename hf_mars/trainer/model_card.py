@@ -1,17 +1,17 @@
-"""Model cards (``Trainer.create_model_card``, ``push_to_hub``) that state MARS's hyperparameters."""
+"""Model cards (`Trainer.create_model_card`, `push_to_hub`) that state MARS's hyperparameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..optim import MarsShampoo
 from ..optim.groups import KINDS
 from ..optim.mars import Mars
-from .options import VARIANTS, hyperparameters
-from .registry import mars_name
+from .names import mars_name
+from .options import hyperparameters, optimizer_class
 
 _SHOWN = ("lr", "betas", "eps", "weight_decay", "gamma", "max_norm", "exact")
 _SHOWN_OF_UPDATE = {
@@ -23,20 +23,23 @@ _SHOWN_IF_SET = ("last_grad_dtype", "state_dtype", "kahan_sum")
 
 
 def describe_optimizer_of(trainer: Trainer) -> str | None:
-    """:func:`describe` for the optimizer that ``trainer`` has or is going to make; None if it is not MARS's."""
-    optimizer = trainer.optimizer
-    if optimizer is None and mars_name(trainer.args) is not None:
-        optimizer = _optimizer_to_be(trainer.args)
+    """`describe` the optimizer that a Trainer has or is going to make; None if it is not MARS's."""
+    optimizer: Any = trainer.optimizer
+    if optimizer is None:
+        name = mars_name(trainer.args)
+        optimizer = None if name is None else _optimizer_to_be(name, trainer.args)
     while not isinstance(optimizer, Mars) and hasattr(optimizer, "optimizer"):  # accelerate wraps it, and DeepSpeed
         optimizer = optimizer.optimizer
     return describe(optimizer) if isinstance(optimizer, Mars) else None
 
 
-def _optimizer_to_be(args) -> Mars:
-    """What a Trainer that has not trained yet would make, on a parameter of each kind."""
-    optimizer_cls = VARIANTS[mars_name(args)].optimizer_cls
+def _optimizer_to_be(name: str, args: TrainingArguments) -> Mars:
+    """The optimizer that a Trainer makes when training starts, here on one small parameter of each kind."""
+    optimizer_cls = optimizer_class(name)
     kinds = KINDS if optimizer_cls is MarsShampoo else ("matrix", "1d")  # the others know no embeddings
-    groups = [{"params": [torch.zeros(1, 1)], "kind": kind, "weight_decay": args.weight_decay} for kind in kinds]
+    groups: list[dict[str, Any]] = [
+        {"params": [torch.zeros(1, 1)], "kind": kind, "weight_decay": args.weight_decay} for kind in kinds
+    ]
     groups[-1].update(params=[torch.zeros(1)], weight_decay=0.0)
     return optimizer_cls(groups, **hyperparameters(args))
 

@@ -1,27 +1,33 @@
-"""Changing modules of other packages without importing them before someone needs them.
+"""Changes other packages' modules at the moment when somebody else imports them, never by importing them itself.
 
-What a library imports reads environment variables, takes seconds, and is not for hf_mars to decide: scripts set the
-variables first, and worker processes need no torch.
+The import of a library reads environment variables and takes seconds, and hf_mars has no say in when it happens:
+scripts set the variables first, and worker processes need no torch.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-_changes: dict[str, Callable[[ModuleType], None]] = {}
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+
+Change = Callable[[ModuleType], None]
+
+_changes: dict[str, Change] = {}
 
 
-def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
-    """Call ``change`` with the module ``name``: now if it has been imported, else as part of its import.
+def when_imported(name: str, change: Change) -> None:
+    """Call `change` with the module `name`: now if it has been imported, else as part of its import.
 
     Args:
         name: a module.
-        change: may be called more than once for one module. What it imports must not import the module.
+        change: may be called more than once for one module. It must import nothing that imports the module.
     """
     _changes[name] = change
     if _FINDER not in sys.meta_path:
@@ -33,28 +39,31 @@ def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
 class _Finder:
     """Finds the modules to be changed, by asking the other finders."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in _changes:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
-                spec.loader = _Loader(spec.loader, _changes[name])
+                # Not a subclass of Loader, whose methods would hide those of the module's own loader.
+                spec.loader = cast("Loader", _ChangingLoader(spec.loader, _changes[name]))
                 return spec
         return None
 
 
-class _Loader:
-    """A module's own loader, but that the module is changed after it was executed: still within its import."""
+class _ChangingLoader:
+    """A module's own loader, except that it changes the module right after its code has run, still in its import."""
 
-    def __init__(self, loader, change):
+    def __init__(self, loader: Any, change: Change):
         self._loader = loader
         self._change = change
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def exec_module(self, module):
+    def exec_module(self, module: Any) -> None:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._change(module)
@@ -63,10 +72,16 @@ class _Loader:
 _FINDER = _Finder()
 
 
-def wrap_once(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Replace the function ``owner.name`` by ``wrapper(function)``, unless that has been done."""
+def wrap_once(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a function by a wrapped one, unless that has been done.
+
+    Args:
+        owner: the module or class that holds the function.
+        name: the attribute that the function is.
+        wrapper: gets the function, and returns the one to put in its place.
+    """
     function = getattr(owner, name)
     if not hasattr(function, "_hf_mars"):
-        wrapped = functools.wraps(function)(wrapper(function))
+        wrapped: Any = functools.wraps(function)(wrapper(function))
         wrapped._hf_mars = True
         setattr(owner, name, wrapped)

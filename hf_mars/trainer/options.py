@@ -1,11 +1,10 @@
-"""``optim_args``: from the user's text to typed, checked arguments of an optimizer."""
+"""`optim_args`: from the user's text to typed, checked arguments of an optimizer."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,30 +13,31 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from ..optim import MarsAdamW, MarsLion, MarsShampoo, parameter_roles
-from ..optim.cpu import is_compiled
+from .. import optim
+from ..optim import MarsAdamW, MarsShampoo, parameter_roles
 from ..optim.hyperparameters import RANGES, check_hyperparameters
+from ..optim.kernels.cpu import is_compiled
 from ..optim.mars import Mars
-from .arguments import BETA_DEFAULTS, MarsTrainingArguments, transformers_default
+from .arguments import MARS_BETAS, MarsTrainingArguments
+from .defaults import mars_default, transformers_default
 from .engines import check_engine
-from .registry import mars_name
+from .names import VARIANTS, optim_name
 
 logger = logging.get_logger(__name__)
 
 
-class Variant(NamedTuple):
-    """A registered optimizer name: its class, and the arguments that the name itself stands for."""
+class Option(NamedTuple):
+    """One key of `optim_args`.
 
-    optimizer_cls: type[Mars]
-    fixed: Mapping[str, Any] = MappingProxyType({})
+    Attributes:
+        allowed: the values it may have, in words for error messages.
+        parse: reads a value from its text; raises a ValueError or a KeyError where it cannot.
+        is_allowed: whether a value that was read is in the range.
+    """
 
-
-VARIANTS = {
-    "mars_adamw": Variant(MarsAdamW),
-    "mars_lion": Variant(MarsLion),
-    "mars_shampoo": Variant(MarsShampoo),
-    "mars_m": Variant(MarsShampoo, {"adjust_lr_fn": "match_rms_adamw"}),
-}
+    allowed: str
+    parse: Callable[[str], Any]
+    is_allowed: Callable[[Any], bool]
 
 
 # ---- values ----
@@ -58,16 +58,18 @@ def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text.lower() == "none" else parse(text)
 
 
-_BETA = ("a number in [0, 1)", _float, lambda v: 0 <= v < 1)
+# ---- the options ----
+
+_BETA = Option("a number in [0, 1)", _float, lambda v: 0 <= v < 1)
 
 
-def _as_in_optimizer(name: str, parse: Callable[[str], Any]):
-    allowed, is_allowed = RANGES[name]
-    return (allowed.replace("True or False", "true or false").replace("None", "none"), parse, is_allowed)
+def _as_in_optimizer(setting: str, parse: Callable[[str], Any]) -> Option:
+    """An option with the range that the optimizer's setting has."""
+    allowed, is_allowed = RANGES[setting]
+    return Option(allowed.replace("True or False", "true or false").replace("None", "none"), parse, is_allowed)
 
 
-# One row an option: what it must be, how its text is read, the test of the value.
-OPTIONS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], bool]]] = {
+OPTIONS = {
     "gamma": _as_in_optimizer("gamma", _float),
     "max_norm": _as_in_optimizer("max_norm", _or_none(_float)),
     "exact": _as_in_optimizer("exact", _bool),
@@ -84,29 +86,34 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], bool]]] = {
     "foreach": _as_in_optimizer("foreach", _or_none(_bool)),
     "fused": _as_in_optimizer("fused", _or_none(_bool)),
 }
+ADJUST_LR_FN = {"adjust_lr_fn": _as_in_optimizer("adjust_lr_fn", str)}
 SHAMPOO_OPTIONS = {
     "ns_steps": _as_in_optimizer("ns_steps", _or_none(int)),
-    "adjust_lr_fn": _as_in_optimizer("adjust_lr_fn", str),
+    **ADJUST_LR_FN,
     "orthogonalize_embeddings": _as_in_optimizer("orthogonalize_embeddings", _bool),
 }
 
-# What people reach for here although TrainingArguments has it.
+# Keys that people try here, and the TrainingArguments that have them.
 _ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
 
 
-def options_of(optim: str) -> dict[str, tuple[str, Callable[[str], Any], Callable[[Any], bool]]]:
-    """The keys that ``optim_args`` may have for an optimizer name, with what each must be."""
-    variant = VARIANTS[optim]
-    own = SHAMPOO_OPTIONS if variant.optimizer_cls is MarsShampoo else {}
-    return {name: row for name, row in {**OPTIONS, **own}.items() if name not in variant.fixed}
+def optimizer_class(name: str) -> type[Mars]:
+    """The class that a MARS name stands for."""
+    return getattr(optim, VARIANTS[name].class_name)
 
 
-def parse_optim_args(optim_args: str | None, optim: str) -> dict[str, Any]:
-    """Read ``"gamma=0.05,max_norm=none,exact=true"``.
+def options_of(name: str) -> dict[str, Option]:
+    """The keys that `optim_args` may have under a MARS name."""
+    own = {MarsAdamW: ADJUST_LR_FN, MarsShampoo: SHAMPOO_OPTIONS}.get(optimizer_class(name), {})
+    return {key: option for key, option in {**OPTIONS, **own}.items() if key not in VARIANTS[name].fixed}
+
+
+def parse_optim_args(optim_args: str | None, name: str) -> dict[str, Any]:
+    """Read `"gamma=0.05,max_norm=none,exact=true"`.
 
     Args:
         optim_args: comma-separated key=value entries; spaces do not matter. None or "" is no entry.
-        optim: the optimizer name; it decides which keys there are (:func:`options_of`).
+        name: a MARS name; it decides which keys there are (`options_of`).
 
     Returns:
         The given keys with typed values.
@@ -115,7 +122,7 @@ def parse_optim_args(optim_args: str | None, optim: str) -> dict[str, Any]:
         ValueError: an entry is not key=value, a key is unknown or given twice, or a value is malformed or out of
             range. The message names the key, the value, what is allowed and the nearest valid key.
     """
-    options = options_of(optim)
+    options = options_of(name)
     parsed: dict[str, Any] = {}
     if not optim_args or not optim_args.strip():
         return parsed
@@ -127,7 +134,7 @@ def parse_optim_args(optim_args: str | None, optim: str) -> dict[str, Any]:
                 f"with keys out of {', '.join(options)}"
             )
         if key not in options:
-            raise ValueError(_unknown_key(key, text, optim, options))
+            raise ValueError(_unknown_key(key, text, name, options))
         allowed, parse, is_allowed = options[key]
         if not equals:
             raise ValueError(f"optim_args: {key!r} has no value; write {key}=<{allowed}>")
@@ -135,24 +142,21 @@ def parse_optim_args(optim_args: str | None, optim: str) -> dict[str, Any]:
             raise ValueError(f"optim_args: {key!r} is given twice ({parsed[key]!r}, then {text!r}); give it once")
         try:
             value = parse(text)
+            if not is_allowed(value):
+                raise ValueError(text)
         except (ValueError, KeyError):
-            value = None
-            valid = False
-        else:
-            valid = is_allowed(value)
-        if not valid:
-            raise ValueError(f"optim_args: {key}={text!r} is not valid; {key} must be {allowed}")
+            raise ValueError(f"optim_args: {key}={text!r} is not valid; {key} must be {allowed}") from None
         parsed[key] = value
     return parsed
 
 
-def _unknown_key(key: str, text: str, optim: str, options: dict[str, Any]) -> str:
+def _unknown_key(key: str, text: str, name: str, options: Mapping[str, Option]) -> str:
     nearest = difflib.get_close_matches(key, options, n=1, cutoff=0.0)[0]
-    message = f"optim_args: {key!r} (value {text!r}) is not an option of {optim}; the nearest valid one is {nearest!r}"
+    message = f"optim_args: {key!r} (value {text!r}) is not an option of {name}; the nearest valid one is {nearest!r}"
     if key in _ELSEWHERE:
         message += f"; set it with TrainingArguments' {_ELSEWHERE[key]} (--{_ELSEWHERE[key]})"
-    elif key in VARIANTS[optim].fixed:
-        message += f"; {optim} stands for {key}={VARIANTS[optim].fixed[key]}, use mars_shampoo to choose it"
+    elif key in VARIANTS[name].fixed:
+        message += f"; {name} stands for {key}={VARIANTS[name].fixed[key]}, use mars_shampoo to choose it"
     return f"{message}. Valid: {', '.join(options)}"
 
 
@@ -160,23 +164,30 @@ def _unknown_key(key: str, text: str, optim: str, options: dict[str, Any]) -> st
 
 
 def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
-    """The optimizer's keyword arguments that ``args`` asks for.
+    """The optimizer's keyword arguments that `args` asks for.
 
     Betas: optim_args first; else adam_beta1 and adam_beta2 where they are not transformers' defaults (always, in
     MarsTrainingArguments); else MARS's own.
 
+    Args:
+        args: with a MARS name as `optim`.
+
+    Returns:
+        "lr", "betas", "eps", every key of `optim_args` and the arguments that the name sets; the others keep the
+        constructor's defaults.
+
     Raises:
-        ValueError: see :func:`parse_optim_args`; or a TrainingArguments field is out of range.
+        ValueError: see `parse_optim_args`; or a TrainingArguments field is out of range.
     """
-    name = mars_name(args)
+    name = optim_name(args)
     parsed = parse_optim_args(args.optim_args, name)
     betas = (
         parsed.pop("beta1", _beta_of_arguments(args, "adam_beta1")),
         parsed.pop("beta2", _beta_of_arguments(args, "adam_beta2")),
     )
-    betas_1d = {i: parsed.pop(f"beta{i}_1d") for i in (1, 2) if f"beta{i}_1d" in parsed}
-    if betas_1d:
-        parsed["betas_1d"] = (betas_1d.get(1, 0.9), betas_1d.get(2, 0.95))
+    if "beta1_1d" in parsed or "beta2_1d" in parsed:
+        beta1_1d, beta2_1d = mars_default("betas_1d")
+        parsed["betas_1d"] = (parsed.pop("beta1_1d", beta1_1d), parsed.pop("beta2_1d", beta2_1d))
     kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **parsed, **VARIANTS[name].fixed}
     check_hyperparameters(kwargs)
     return kwargs
@@ -186,23 +197,41 @@ def _beta_of_arguments(args: TrainingArguments, field: str) -> float:
     value = getattr(args, field)
     if isinstance(args, MarsTrainingArguments) or value != transformers_default(field):
         return value
-    return BETA_DEFAULTS[field]
+    return MARS_BETAS[field]
 
 
 def checked_settings(args: TrainingArguments) -> tuple[type[Mars], dict[str, Any]]:
-    """The optimizer class that ``args.optim`` names, and its keyword arguments, which the engine takes too.
+    """The optimizer class that `args.optim` names and its keyword arguments, checked against the engine too.
+
+    Args:
+        args: with a MARS name as `optim`, after their `__post_init__`, which reads the engines' configurations.
+
+    Returns:
+        The class, and its `hyperparameters`.
 
     Raises:
-        ValueError: see :func:`hyperparameters` and :func:`~hf_mars.trainer.engines.check_engine`.
+        ValueError: see `hyperparameters` and `hf_mars.trainer.engines.check_engine`.
     """
-    optimizer_cls = VARIANTS[mars_name(args)].optimizer_cls
+    optimizer_cls = optimizer_class(optim_name(args))
     kwargs = hyperparameters(args)
     check_engine(args, optimizer_cls, kwargs)
     return optimizer_cls, kwargs
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[Mars], dict[str, Any]]:
-    """What ``Trainer.get_optimizer_cls_and_kwargs`` returns for a MARS name; logs the hyperparameters."""
+    """The counterpart of `Trainer.get_optimizer_cls_and_kwargs` for MARS names; logs the hyperparameters.
+
+    Args:
+        args: see `checked_settings`.
+        model: the model to train; MarsShampoo alone needs it.
+
+    Returns:
+        The class and all its keyword arguments; MarsShampoo's include "roles" and, under data parallelism,
+        "process_group".
+
+    Raises:
+        ValueError: see `checked_settings`; or MarsShampoo is not given the model.
+    """
     optimizer_cls, kwargs = checked_settings(args)
     logger.info(f"{optimizer_cls.__name__}({', '.join(f'{key}={value!r}' for key, value in kwargs.items())})")
     if args.device.type == "cpu" and not is_compiled():
@@ -212,7 +241,7 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         )
     if optimizer_cls is MarsShampoo:
         if model is None:
-            raise ValueError(f"optim={mars_name(args)!r} needs the model, to tell embeddings from hidden matrices")
+            raise ValueError(f"optim={optim_name(args)!r} needs the model, to tell embeddings from hidden matrices")
         kwargs["roles"] = parameter_roles(model)
         if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
             kwargs["process_group"] = torch.distributed.group.WORLD

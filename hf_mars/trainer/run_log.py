@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .registry import RUN_LOG_VARIABLE
+from .names import RUN_LOG_VARIABLE
 
 # A run has this many rows, or more where its script logs more often.
 ROWS = 100

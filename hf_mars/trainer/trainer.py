@@ -3,65 +3,80 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..optim.mars import Mars
 from .arguments import MarsTrainingArguments
 from .callbacks import MarsDiagnosticsCallback, mars_optimizer
+from .names import mars_name
 from .options import optimizer_cls_and_kwargs
-from .registry import mars_name
+
+
+class _Update(NamedTuple):
+    """An update whose previous point is still to be evaluated."""
+
+    optimizer: Mars
+    micro_batches: list[dict[str, Any]]
+    num_items_in_batch: torch.Tensor | int | None
 
 
 class MarsTrainer(Trainer):
-    """A drop-in ``transformers.Trainer`` that also trains with ``optim_args="exact=true"``.
+    """A drop-in `transformers.Trainer` that also trains with `optim_args="exact=true"`.
 
     With any other setting it gives the same run as the stock Trainer, bit for bit. In exact mode all micro-batches of
     an update are first evaluated at x_{t−1}, then at x_t, each time with the same random numbers (dropout), loss
     scaling and clipping by the evaluation's own global norm. Logged loss, gradient norm and token counts are those of
     the evaluation at x_t; total_flos counts both.
 
-    What MARS does at logged steps is logged with the loss (:class:`MarsDiagnosticsCallback`) unless
-    ``args.mars_diagnostics`` is False.
+    Diagnostics of logged steps are logged with the loss (`MarsDiagnosticsCallback`) unless `args.mars_diagnostics` is
+    False.
 
-    Subclasses that override ``training_step`` or ``compute_loss`` are called for both evaluations.
+    Where a subclass overrides `training_step` or `compute_loss`, its method is called for both evaluations.
 
     Args:
-        model, args and the rest: as for ``Trainer``; ``args`` defaults to ``MarsTrainingArguments("tmp_trainer")``.
+        model, args and the rest: as for `Trainer`; `args` defaults to `MarsTrainingArguments("tmp_trainer")`.
 
     Raises:
         ValueError: when training starts, in exact mode: fp16, whose gradient scaler rescales only one of the two
-            evaluations. Engines that MARS does not work with are refused when ``args`` are made
-            (:func:`hf_mars.trainer.engines.check_engine`).
+            evaluations. Engines that MARS does not work with are refused when `args` are made
+            (`hf_mars.trainer.engines.check_engine`).
     """
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *rest, **kwargs):
+    def __init__(
+        self, model: nn.Module | None = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
+    ):
         if args is None:
             args = MarsTrainingArguments(output_dir="tmp_trainer")
-        # What the coming update is made of, while its previous point is still to be evaluated: micro-batches and
-        # num_items_in_batch. Else None.
-        self._due: tuple[list[dict[str, Any]], Any] | None = None
+        self._due: _Update | None = None
         super().__init__(model, args, *rest, **kwargs)
         self.add_callback(_UpdateBegins(self))
         if getattr(self.args, "mars_diagnostics", True):
             MarsDiagnosticsCallback().attach(self)
 
     @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """The optimizer's class and its keyword arguments, as `Trainer` has them, with exact mode allowed."""
         if mars_name(args) is None:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_cls_and_kwargs(args, model)
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`; in exact mode the optimizer starts without a previous point's gradients.
+
+        Raises:
+            ValueError: exact mode with fp16.
+        """
         optimizer = super().create_optimizer(*args, **kwargs)
         exact = self._exact_optimizer()
         if exact is not None:
             if self.args.fp16 or self.accelerator.scaler is not None:
                 raise ValueError("optim_args exact=true does not work with fp16=True; use bf16=True or full precision")
-            exact._forget_previous_point()  # of an update that broke off, where training starts again
+            exact.forget_previous_point()  # of an update that broke off, where training starts again
         return optimizer
 
     def _exact_optimizer(self) -> Mars | None:
@@ -70,28 +85,33 @@ class MarsTrainer(Trainer):
         is_exact = optimizer is not None and any(group["exact"] for group in optimizer.param_groups)
         return optimizer if is_exact else None
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of the coming update, as `Trainer` draws them; notes whether x_{t−1} needs them too."""
+        micro_batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         optimizer = self._exact_optimizer()
-        is_due = optimizer is not None and optimizer.needs_previous_point
-        self._due = (batch_samples, num_items_in_batch) if is_due else None
-        return batch_samples, num_items_in_batch
+        self._due = None
+        if optimizer is not None and optimizer.needs_previous_point:
+            self._due = _Update(optimizer, micro_batches, num_items_in_batch)
+        return micro_batches, num_items_in_batch
 
     def _evaluate_previous_point(self) -> None:
-        """All micro-batches of one update at x_{t−1}, as the loop will evaluate them at x_t."""
+        """Evaluate all micro-batches of the update that is due at x_{t−1}, as the loop will evaluate them at x_t."""
         if self._due is None:
             return
-        (batches, num_items_in_batch), self._due = self._due, None
+        (optimizer, micro_batches, num_items_in_batch), self._due = self._due, None
         model = self.model_wrapped
         gradient_state = self.accelerator.gradient_state
         sync_gradients = gradient_state.sync_gradients
-        with self._exact_optimizer().previous_point():
-            for i, inputs in enumerate(batches):
-                is_last = i == len(batches) - 1
+        with optimizer.previous_point():
+            for i, inputs in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
                 gradient_state._set_sync_gradients(is_last)
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model=model):
                     self.training_step(model, inputs, num_items_in_batch)
-                self.current_flos += float(self.floating_point_ops(inputs))
+                # transformers declares an int and adds floats itself.
+                self.current_flos += float(self.floating_point_ops(inputs))  # type: ignore[assignment]
             if self.args.max_grad_norm > 0:
                 self._clip_grad_norm(model)
         gradient_state._set_sync_gradients(sync_gradients)
@@ -107,5 +127,5 @@ class _UpdateBegins(TrainerCallback):
     def __init__(self, trainer: MarsTrainer):
         self.trainer = trainer
 
-    def on_step_begin(self, *args, **kwargs) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._evaluate_previous_point()

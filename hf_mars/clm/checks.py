@@ -1,0 +1,201 @@
+"""Arguments that cannot work, alone or together, as far as that shows before anything is loaded."""
+
+import difflib
+import importlib.util
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_mars import MarsTrainingArguments
+
+from .arguments import DataTrainingArguments, ModelArguments, RunArguments
+from .errors import UsageError
+from .files import file_format, is_token_bin
+
+
+def check_arguments(
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    run_args: RunArguments,
+    training_args: MarsTrainingArguments,
+) -> None:
+    """Raise UsageError for the first thing that cannot work."""
+    _check_training(training_args)
+    _check_model(model_args)
+    _check_lora(model_args)
+    _check_ranges(data_args)
+    _check_files(data_args)
+    if data_args.are_tokens:
+        _check_token_bins(model_args, data_args, run_args)
+    _check_splits(model_args, data_args, training_args)
+    if data_args.streaming and training_args.do_train:
+        _check_stream(data_args, training_args)
+
+
+def _check_training(training_args: MarsTrainingArguments) -> None:
+    if not (training_args.do_train or training_args.do_eval):
+        raise UsageError("--do_train false --do_eval false: there is nothing to do; set one of them to true")
+    if training_args.prediction_loss_only:
+        raise UsageError(
+            "--prediction_loss_only true: loss, perplexity and accuracy are computed from the logits; drop it "
+            "(they are summed batch by batch, so it would save no memory)"
+        )
+    if training_args.eval_on_start and not training_args.do_eval:
+        raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")
+
+
+def _check_model(model_args: ModelArguments) -> None:
+    if model_args.is_pretrained:
+        for name in ("model_type", "config_overrides"):
+            if value := getattr(model_args, name):
+                raise UsageError(
+                    f"--{name} {value}: is for a new model, but --model_name_or_path {model_args.model_name_or_path} "
+                    "brings its own configuration; drop one of the two"
+                )
+    if model_args.model_type is not None:
+        if model_args.config_name is not None:
+            raise UsageError(
+                f"--model_type {model_args.model_type}: --config_name {model_args.config_name} already says it; "
+                "drop one of the two"
+            )
+        if model_args.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            allowed = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+            nearest = difflib.get_close_matches(model_args.model_type, allowed, n=1, cutoff=0.0)[0]
+            raise UsageError(
+                f"--model_type {model_args.model_type}: is not a causal language model that transformers knows; "
+                f"the nearest is {nearest}. Allowed: {', '.join(allowed)}"
+            )
+    if model_args.vocab_size is not None and not model_args.trains_tokenizer:
+        raise UsageError(
+            f"--vocab_size {model_args.vocab_size}: is for a tokenizer that is trained here, but "
+            f"{'--tokenizer_name' if model_args.tokenizer_name else '--model_name_or_path'} brings one; drop it"
+        )
+
+
+def _check_lora(model_args: ModelArguments) -> None:
+    if model_args.lora_r is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if (value := getattr(model_args, name)) is not None:
+                raise UsageError(f"--{name} {value}: needs --lora_r, the rank of the adapters")
+        return
+    if model_args.lora_r < 1:
+        raise UsageError(f"--lora_r {model_args.lora_r}: must be at least 1")
+    if model_args.lora_dropout is not None and not 0 <= model_args.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout {model_args.lora_dropout}: must be in [0, 1)")
+    if not model_args.is_pretrained:
+        raise UsageError(
+            f"--lora_r {model_args.lora_r}: adapts a pretrained model; give --model_name_or_path, "
+            "since the random weights of a new model would stay as they are"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"--lora_r {model_args.lora_r}: needs the package peft: pip install peft")
+
+
+def _check_ranges(data_args: DataTrainingArguments) -> None:
+    for name, smallest in (
+        ("block_size", 2),
+        ("max_train_samples", 1),
+        ("max_eval_samples", 1),
+        ("preprocessing_num_workers", 1),
+    ):
+        value = getattr(data_args, name)
+        if value is not None and value < smallest:
+            raise UsageError(f"--{name} {value}: must be at least {smallest}")
+    if not 0 <= data_args.validation_split_percentage < 100:
+        raise UsageError(
+            f"--validation_split_percentage {data_args.validation_split_percentage}: must be between 0 and 99"
+        )
+
+
+def _check_files(data_args: DataTrainingArguments) -> None:
+    for name in ("train_file", "validation_file"):
+        if path := getattr(data_args, name):
+            if not is_token_bin(path):
+                file_format(path, f"--{name}")
+            if data_args.dataset_name is not None:
+                raise UsageError(
+                    f"--{name} {path}: give either files or --dataset_name {data_args.dataset_name}, not both"
+                )
+
+
+def _check_token_bins(model_args: ModelArguments, data_args: DataTrainingArguments, run_args: RunArguments) -> None:
+    for name in ("train_file", "validation_file"):
+        path = getattr(data_args, name)
+        if path is not None and not is_token_bin(path):
+            raise UsageError(f"--{name} {path}: both files must hold tokens (.bin), or both texts")
+    for arguments, name, reason in (
+        (data_args, "streaming", "token files are not read as a whole in any case"),
+        (data_args, "append_eos", "the documents in token files have their ends already"),
+        (data_args, "text_column", "token files have no columns"),
+        (model_args, "vocab_size", "no tokenizer is trained for token files; say --config_overrides vocab_size=…"),
+    ):
+        if value := getattr(arguments, name):
+            raise UsageError(f"--{name} {value}: {reason}; drop it")
+    if run_args.sample_prompt is not None and model_args.trains_tokenizer:
+        raise UsageError(
+            f"--sample_prompt {run_args.sample_prompt}: needs the tokenizer of the token files; give --tokenizer_name"
+        )
+
+
+def _check_splits(
+    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: MarsTrainingArguments
+) -> None:
+    if data_args.validation_file is not None and data_args.train_file is None:
+        if training_args.do_train:
+            raise UsageError(
+                f"--validation_file {data_args.validation_file}: there is no text to train on; "
+                "give --train_file too, or --do_eval without --do_train"
+            )
+        if model_args.trains_tokenizer and not data_args.are_tokens:
+            raise UsageError(
+                f"--validation_file {data_args.validation_file}: is no text to train a tokenizer on; "
+                "give --model_name_or_path, --tokenizer_name or --train_file too"
+            )
+    has_validation = data_args.dataset_name is not None or data_args.validation_file is not None
+    if training_args.do_eval and not has_validation and data_args.validation_split_percentage == 0:
+        raise UsageError(
+            "--validation_split_percentage 0: leaves nothing to evaluate on; "
+            "give --validation_file, or a percentage between 1 and 99, or --do_train without --do_eval"
+        )
+
+
+def _check_stream(data_args: DataTrainingArguments, training_args: MarsTrainingArguments) -> None:
+    if training_args.max_steps <= 0:
+        raise UsageError(
+            f"--streaming needs --max_steps, a positive number, not {training_args.max_steps}: "
+            "a stream has no length that a number of epochs could be counted in"
+        )
+    may_split = data_args.validation_file is None and data_args.validation_split_percentage > 0
+    if training_args.dataloader_num_workers > 1 and may_split:
+        # Workers share out a stream by files, so that "all but its first rows" would mean other rows in each.
+        raise UsageError(
+            f"--dataloader_num_workers {training_args.dataloader_num_workers}: a stream is split into training "
+            "and validation rows by one worker; use at most 1, or --validation_split_percentage 0"
+        )
+
+
+def set_accumulation(global_batch_size: int, training_args: MarsTrainingArguments) -> None:
+    """Set gradient_accumulation_steps so that an update takes global_batch_size blocks.
+
+    Raises:
+        UsageError: that is no whole number of steps, or the number of steps is given already.
+    """
+    argument = f"--global_batch_size {global_batch_size}"
+    if training_args.gradient_accumulation_steps != 1:
+        raise UsageError(
+            f"{argument}: sets --gradient_accumulation_steps, which is given as "
+            f"{training_args.gradient_accumulation_steps}; drop one of the two"
+        )
+    if training_args.deepspeed is not None:
+        # The file has been filled in with the number of steps when TrainingArguments were made.
+        raise UsageError(
+            f"{argument}: give --gradient_accumulation_steps with --deepspeed {training_args.deepspeed}, or start "
+            "with accelerate launch and its own DeepSpeed configuration"
+        )
+    blocks = training_args.train_batch_size * training_args.world_size
+    if global_batch_size < 1 or global_batch_size % blocks:
+        raise UsageError(
+            f"{argument}: must be a multiple of {blocks}, --per_device_train_batch_size "
+            f"{training_args.per_device_train_batch_size} on {blocks // training_args.per_device_train_batch_size} "
+            "device(s)"
+        )
+    training_args.gradient_accumulation_steps = global_batch_size // blocks

@@ -1,0 +1,48 @@
+"""MARS-AdamW's update (arXiv:2411.10438, Algorithm 2): AdamW with c̃_t in the gradient's place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+
+def adamw(
+    params: list[Tensor],
+    c: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    foreach: bool | None,
+    fused: bool | None,
+) -> None:
+    """m_t = β1 m_{t−1} + (1−β1) c̃_t;  v_t = β2 v_{t−1} + (1−β2) c̃_t²;
+    x ← x − η ( (m_t/(1−β1^t)) / (√(v_t/(1−β2^t)) + ε) + λ x ).
+
+    torch's own kernel does it (`foreach`, `fused` choose which). Modifies the parameters, m (`exp_avgs`), v
+    (`exp_avg_sqs`) and t (`steps`, 0-d float32); not `c`.
+    """
+    compiling = torch.compiler.is_compiling()  # the compiler fuses by itself, and cannot look into a fused kernel
+    torch_adamw(
+        params,
+        c,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        foreach=False if compiling else foreach,
+        fused=False if compiling else fused,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )

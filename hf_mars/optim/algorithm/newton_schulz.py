@@ -1,0 +1,134 @@
+"""Orthogonalisation of matrices: the Newton–Schulz iteration, and the singular value decomposition it approximates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Quintic coefficients (a, b, c) of X ← aX + b(XXᵀ)X + c(XXᵀ)²X. Source: K. Jordan et al., "Muon: An optimizer for
+# hidden layers in neural networks" (2024); MARS-Shampoo (arXiv:2411.10438, Algorithm 4) and MARS-M use the same.
+# Their slope at zero is steep on purpose: singular values end in about [0.68, 1.14] instead of exactly at 1.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Approximate the orthogonal polar factor U Vᵀ of each matrix = U S Vᵀ.
+
+    Args:
+        matrix: shape (…, m, n), a matrix or a stack of them; any floating dtype. Not modified.
+        steps: number of iterations.
+
+    Returns:
+        A tensor of the same shape, dtype and device. A zero matrix gives zeros.
+
+    Accelerators compute in bfloat16, which the iteration tolerates by design, and so do CPUs with bfloat16 units from
+    MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to six times (AMX) faster. Other CPUs compute in
+    float32. float64 stays float64.
+    """
+    return orthogonalize([matrix], steps)[0]
+
+
+def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor]:
+    """The same for tensors of one shape (…, m, n), m ≤ n, in batched products: fewer launches, busier cores."""
+    x = torch.stack(matrices)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
+    x = x.to(torch.bfloat16 if _takes_bfloat16(x) else dtype)
+    # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
+    # tiny keeps 0/0 away without touching the scale of small matrices.
+    x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
+
+    x = x.flatten(0, -3)
+    pairs = steps // 2 if x.shape[-1] >= WIDE * x.shape[-2] else 0
+    for _ in range(pairs):
+        x = _two_steps(x)
+    for _ in range(steps - 2 * pairs):
+        x = _one_step(x)
+    return [y.to(matrices[0].dtype) for y in x.view(len(matrices), *matrices[0].shape)]
+
+
+def _one_step(x: Tensor) -> Tensor:
+    """aX + p(XXᵀ) X, with p(G) = bG + cG²."""
+    return torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=COEFFICIENTS[0])
+
+
+# From this ratio of columns to rows on, two steps at once save work: of five steps 8 % at 2, 17 % at 3, 22 % at 4.
+WIDE = 2
+
+
+def _two_steps(x: Tensor) -> Tensor:
+    """The same twice, in the small matrices alone: X″ = (aI + p(G′)) (aI + p(G)) X, G′ = (aI + p(G)) G (aI + p(G)).
+
+    Not more than two: what rounding does to G in directions of small singular values grows by a² each time.
+    """
+    a = COEFFICIENTS[0]
+    gram = x @ x.mT  # G
+    first = _polynomial(gram)  # p(G)
+    half = torch.baddbmm(gram, first, gram, beta=a)  # (aI + p(G)) G
+    second = _polynomial(torch.baddbmm(half, half, first, beta=a))  # p(G′)
+    product = torch.baddbmm(first + second, second, first, beta=a)  # a p(G) + a p(G′) + p(G′) p(G)
+    return torch.baddbmm(x, product, x, beta=a * a)
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """p(G) = bG + cG²."""
+    _, b, c = COEFFICIENTS
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+
+
+# Elements of a stack. The iteration takes about three times its memory; on CPUs larger ones are slower, too.
+STACKED = 1 << 26
+STACKED_ON_CPU = 5_000_000
+
+CPU_HAS_BFLOAT16_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+# Below it, products are too small for these units to pay.
+MIN_BFLOAT16 = 128
+
+
+def _takes_bfloat16(matrix: Tensor) -> bool:
+    if matrix.dtype == torch.float64:
+        return False
+    return not matrix.is_cpu or (CPU_HAS_BFLOAT16_UNITS and min(matrix.shape[-2:]) >= MIN_BFLOAT16)
+
+
+def orthogonalize_svd(matrix: Tensor) -> Tensor:
+    """The orthogonal polar factor U Vᵀ itself, from a singular value decomposition (slow; for tests, small models).
+
+    Args:
+        matrix: shape (…, m, n); any floating dtype (half precisions are decomposed in float32).
+
+    Returns:
+        A tensor of the same shape, dtype and device. Directions whose singular value is zero stay zero.
+    """
+    x = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    floor = s.amax(dim=-1, keepdim=True) * max(x.shape[-2:]) * torch.finfo(x.dtype).eps
+    return ((u * (s > floor).unsqueeze(-2)) @ vh).to(matrix.dtype)
+
+
+def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
+    """Orthogonalise many matrices, those of one shape, or of its transpose, together.
+
+    Args:
+        matrices: tensors of shape (…, m, n).
+        steps: Newton–Schulz iterations; None takes the singular value decomposition.
+
+    Returns:
+        Their (approximate) orthogonal polar factors, in the given order.
+    """
+    if steps is None:
+        return [orthogonalize_svd(x) for x in matrices]
+    stacks: dict[tuple, list[int]] = {}
+    # The Gram matrix XXᵀ of a wide matrix is smaller than a tall one's.
+    wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in matrices]
+    for i, x in enumerate(wide):
+        stacks.setdefault((x.shape, x.dtype, x.device), []).append(i)
+    results: dict[int, Tensor] = {}
+    for (shape, _, device), indices in stacks.items():
+        height = max(1, (STACKED_ON_CPU if device.type == "cpu" else STACKED) // max(1, shape.numel()))
+        for start in range(0, len(indices), height):
+            chosen = indices[start : start + height]
+            stack = [wide[i] for i in chosen]
+            for i, x in zip(chosen, _newton_schulz_of_a_stack(stack, steps), strict=True):
+                results[i] = x if wide[i] is matrices[i] else x.mT
+    return [results[i] for i in range(len(matrices))]

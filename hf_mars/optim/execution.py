@@ -1,0 +1,68 @@
+"""Who takes the step of a batch: kernels for GPUs or for CPUs, or a composition of torch's. Chosen here alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+
+from . import composed
+from .batch import Batch
+from .kernels import cpu, gpu
+from .last_grad import LastNorms
+
+logger = logging.getLogger(__name__)
+
+
+class Execution(Protocol):
+    """A module that takes steps. Results do not depend on which, to rounding."""
+
+    @property
+    def __name__(self) -> str: ...
+
+    def why_not(self, batch: Batch, /) -> str | None:
+        """Why `step` cannot take `batch`; None if it can."""
+
+    def step(self, batches: list[Batch], last_norms: LastNorms, /) -> None:
+        """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}.
+
+        Modifies the parameters and their states; may overwrite `previous_grads`. Gradients are not modified.
+
+        Args:
+            batches: those that `why_not` has no objection to.
+            last_norms: the known ‖g_{t−1}‖₂; brought up to date.
+        """
+
+
+def by_execution(batches: list[Batch]) -> list[tuple[Execution, list[Batch]]]:
+    """Batches beside the execution that takes them, each execution once."""
+    chosen: dict[str, tuple[Execution, list[Batch]]] = {}
+    for batch in batches:
+        execution, _ = choose(batch)
+        chosen.setdefault(execution.__name__, (execution, []))[1].append(batch)
+    return list(chosen.values())
+
+
+def choose(batch: Batch) -> tuple[Execution, str | None]:
+    """The execution for a batch; and, where that is the composition, why no kernel takes it, which is logged once."""
+    if torch.compiler.is_compiling():
+        return composed, "the compiler fuses torch's kernels by itself"
+    device = batch.params[0].device
+    why_not: str | None = f"there are no kernels for {device.type}"
+    for kernels in (gpu, cpu):
+        if kernels.is_for(device):
+            why_not = kernels.why_not(batch)
+            if why_not is None:
+                return kernels, None
+    _log_once(f"{batch.group['update']} steps on {device.type} are composed of torch's kernels: {why_not}")
+    return composed, why_not
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.info(message)

@@ -1,0 +1,140 @@
+"""The state of a parameter: its keys and dtypes, making it at the first gradient, and loading it.
+
+Keys: "exp_avg" (m; e in the one-tensor form), "exp_avg_sq" (v) and "step" (t) for AdamW, "last_grad" or "last_param"
+as the form says, "compensation" with Kahan summation. All but "step" have the parameter's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .algorithm.correction import initial_average
+from .form import Form, form_of_a_loaded_state, form_of_settings
+from .groups import check_not_flattened
+from .hyperparameters import dtype_of
+from .last_grad import keep
+from .precision import AVERAGES, needs_compensation
+from .sharding import Part
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+def state_keys(dtype: torch.dtype, group: Group, form: Form) -> set[str]:
+    """The keys that `make_state` leaves in the state of a parameter of `dtype`. "last_param" comes with the step."""
+    keys = {"exp_avg"}
+    if group["update"] == "adamw":
+        keys |= {"step", "exp_avg_sq"}
+    if form.keeps_last_grad:
+        keys.add("last_grad")
+    if needs_compensation(dtype, group):
+        keys.add("compensation")
+    return keys
+
+
+def state_dtype(key: str, param: Tensor, group: Group) -> torch.dtype:
+    """The dtype that `group` wants a state of `param` in."""
+    setting = {"last_grad": "last_grad_dtype", "exp_avg": "state_dtype", "exp_avg_sq": "state_dtype"}.get(key)
+    return (setting and dtype_of(group[setting])) or param.dtype
+
+
+def decide_form(group: Group, state: Mapping[Tensor, State], forms: dict[Tensor, Form]) -> Form:
+    """The form of a group's states: what its settings ask for, and what its states began with.
+
+    A group that began with g_{t−1} goes on with it where one tensor would do by now (max_norm was set to None later).
+
+    Args:
+        group: a param_group.
+        state: the optimizer's.
+        forms: of each parameter that has a state. What a checkpoint or an engine brought is added to it.
+    """
+    for param in group["params"]:
+        if param not in forms and param in state:
+            loaded = form_of_a_loaded_state(state[param])
+            if loaded is not None:
+                forms[param] = loaded
+    form = form_of_settings(group)
+    if form is Form.ONE_TENSOR and any(forms.get(param) is Form.APPROX for param in group["params"]):
+        return Form.APPROX
+    return form
+
+
+def make_state(param: Tensor, part: Part, grad: Tensor, state: State, group: Group, form: Form) -> None:
+    """Bring the state of a parameter into a form: at its first gradient, and where settings have changed since.
+
+    The same keys on every rank, also for an empty shard: checkpoints of shards drop a key that one rank lacks.
+
+    Args:
+        param: as the group has it.
+        part: this process's part of it.
+        grad: that part of g_t.
+        state: of the parameter, empty at its first gradient. Modified.
+        group: its param_group.
+        form: the form to have.
+    """
+
+    def zeros(key: str) -> Tensor:
+        return torch.zeros_like(param, dtype=state_dtype(key, param, group), memory_format=torch.preserve_format)
+
+    if "exp_avg" not in state:
+        check_not_flattened(param)  # by an engine that wraps the model after the optimizer is made
+        _check_whole(param, group)
+        if group["update"] == "adamw":
+            # Where torch's AdamW keeps it: a fused kernel reads it on the device, the others on the host.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["fused"] else "cpu")
+            state["exp_avg_sq"] = zeros("exp_avg_sq")
+        state["exp_avg"] = zeros("exp_avg")
+        if form is Form.ONE_TENSOR:
+            part.of(state["exp_avg"]).copy_(initial_average(grad, group["gamma"]))
+    # A tensor that this form does not keep up to date must not be there when the settings change back.
+    if form is not Form.EXACT:
+        state.pop("last_param", None)
+    if not form.keeps_last_grad:
+        state.pop("last_grad", None)
+    elif "last_grad" not in state:
+        # The paper's x_1 = x_0: no difference yet, so c_1 = g_1.
+        state["last_grad"] = zeros("last_grad")
+        keep([part.of(state["last_grad"])], [grad], None)
+    if not needs_compensation(param.dtype, group):
+        state.pop("compensation", None)
+    elif "compensation" not in state:
+        state["compensation"] = zeros("compensation")
+
+
+def _check_whole(param: Tensor, group: Group) -> None:
+    """Refuse a matrix that an engine has made a flat slice of, where the update depends on it as a whole."""
+    if group["kind"] == "1d" or param.ndim > 1 or (group["update"] != "shampoo" and group["max_norm"] is None):
+        return
+    instead = "" if group["update"] == "shampoo" else "set max_norm=None (no clip) or "
+    raise RuntimeError(
+        f"update={group['update']!r} with max_norm={group['max_norm']} needs whole matrices, but got a flat slice of "
+        f"shape {tuple(param.shape)}, as DeepSpeed makes them; {instead}use FSDP2"
+    )
+
+
+def check_updates(saved_groups: list[Group], groups: list[Group], optimizer: str) -> None:
+    """Raise a ValueError if a state_dict belongs to another MARS variant than `groups` of the class `optimizer`."""
+    if len(saved_groups) != len(groups):
+        return  # torch says so
+    for i, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
+        if saved.get("update") != own["update"]:
+            raise ValueError(
+                f"state_dict: param_group {i} was saved with update={saved.get('update')!r}, but {optimizer} has "
+                f"{own['update']!r} there; load it into the optimizer it came from"
+            )
+
+
+def load_dtypes(state_dict: dict[str, Any], groups: list[Group], state: Mapping[Tensor, State]) -> None:
+    """Undo torch's rounding of every loaded state to the parameter's dtype, where a group's settings say otherwise."""
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    own = [(param, group) for group in groups for param in group["params"]]
+    for i, (param, group) in zip(saved_ids, own, strict=True):
+        for key in (*AVERAGES, "last_grad"):
+            saved = state_dict["state"].get(i, {}).get(key)
+            dtype = state_dtype(key, param, group)
+            if saved is not None and state[param][key].dtype != dtype:
+                state[param][key] = saved.to(param.device, dtype, copy=True)

@@ -1,0 +1,163 @@
+"""The three optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .groups import ParameterRole
+from .mars import Mars, plain_adamw, settings_among
+from .sharding import Replicas
+
+
+class MarsAdamW(Mars):
+    """MARS-AdamW (arXiv:2411.10438, Algorithm 2): AdamW on a variance-reduced gradient.
+
+        κ   = γ·β1/(1−β1)
+        c_t = g_t + κ (g_t − g_{t−1}),  c_1 = g_1
+        c̃_t = c_t / max(1, ‖c_t‖₂ / max_norm)
+        m_t = β1 m_{t−1} + (1−β1) c̃_t
+        v_t = β2 v_{t−1} + (1−β2) c̃_t²
+        x   ← x − η ( (m_t/(1−β1^t)) / (√(v_t/(1−β2^t)) + ε) + λ x )
+
+    Parameters with fewer than two dimensions get plain AdamW with `betas_1d` and `lr_1d`, unless `optimize_1d`.
+
+    Args:
+        params: iterable of parameters, of (name, parameter) pairs, or of param_groups; every setting below may differ
+            between groups.
+        lr: learning rate η, at least 0.
+        betas: (β1, β2), each in [0, 1).
+        eps: ε, at least 0.
+        weight_decay: λ, decoupled, at least 0.
+        gamma: γ in [0, 1], the strength of the correction; 0 is AdamW, 1 with `exact` is STORM's momentum.
+        max_norm: largest ‖c̃_t‖₂ of one parameter tensor, above 0; None turns the clip off.
+        exact: subtract the gradient of the same mini-batch at x_{t−1} instead of g_{t−1}; see `previous_point`.
+        lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs).
+        betas_1d: betas of 1d parameters.
+        optimize_1d: give 1d parameters MARS, with `lr` and `betas`, too.
+        adjust_lr_fn: "original" is the paper's update; "match_rms_adamw" divides its adaptive part (not the weight
+            decay) by r(β1, γ), which gives it the root mean square of AdamW's where noise dominates the gradient, so
+            that AdamW's learning rate carries over. r is 1 for γ = 0 and in exact mode.
+        last_grad_dtype: dtype of g_{t−1}: `torch.float32`, `torch.bfloat16` or their names; None: the parameter's.
+        state_dtype: dtype of "exp_avg" and "exp_avg_sq", likewise.
+        kahan_sum: keep the rest that rounding drops from the updates of bfloat16 and float16 parameters, in one more
+            tensor; None and True do, False does not.
+        foreach: which of torch's AdamW kernels to use, as for `torch.optim.AdamW`; either value turns off this
+            package's own kernels.
+        fused: by default the step is fused where the device has such kernels: torch's for plain AdamW, this package's
+            own for the rest, on CPUs and GPUs; False turns these off.
+
+    State of a parameter: "exp_avg" (m_t), "exp_avg_sq" (v_t), "last_grad" (g_{t−1}; where γ > 0 and not exact) or
+    "last_param" (x_{t−1}; exact), all of the parameter's shape, and "step" (t, float32); with Kahan summation also
+    "compensation".
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    matrix_update = "adamw"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.025,
+        max_norm: float | None = 1.0,
+        exact: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        optimize_1d: bool = False,
+        adjust_lr_fn: str = "original",
+        last_grad_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        kahan_sum: bool | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ):
+        self._set_up(params, settings_among(locals()))
+
+
+class MarsLion(Mars):
+    """MARS-Lion (arXiv:2411.10438, Algorithm 3): the sign of a variance-reduced momentum.
+
+        m_t = β1 m_{t−1} + (1−β1) c̃_t
+        x   ← x − η ( sign(m_t) + λ x )
+
+    with c̃_t as in `MarsAdamW`, whose settings it shares; β2 and ε are used by 1d parameters alone, which get AdamW.
+
+    State of a parameter: "exp_avg" (m_t) and "last_grad" (g_{t−1}). With max_norm=None in the approximate form one
+    tensor is enough: then there is no "last_grad", and "exp_avg" is the moving average of the plain gradients.
+    """
+
+    matrix_update = "lion"
+
+
+class MarsShampoo(Mars):
+    """MARS-Shampoo (arXiv:2411.10438, Algorithm 4) and, with `adjust_lr_fn="match_rms_adamw"`, MARS-M
+    (arXiv:2510.21800): the orthogonalised variance-reduced momentum.
+
+        m_t = β1 m_{t−1} + (1−β1) c̃_t
+        x   ← x − η ( s · NewtonSchulz(m_t) + λ x )
+
+    with c̃_t as in `MarsAdamW`, whose settings it shares. Hidden matrices alone are orthogonalised. Embeddings and
+    output heads get MARS-AdamW (MARS-M: AdamW with `betas_1d`), 1d parameters AdamW, all with `lr_1d`. Shapes cannot
+    tell an embedding from a matrix: pass `hf_mars.param_groups(model)` or `roles`.
+
+    Args:
+        ns_steps: Newton–Schulz iterations, at least 1; None takes an exact singular value decomposition.
+        adjust_lr_fn: the scale s: "original" is √max(1, fan_out/fan_in); "match_rms_adamw" is 0.2·√max(rows, columns),
+            which gives the update AdamW's root mean square, so that one learning rate serves everything (lr_1d is lr).
+        orthogonalize_embeddings: orthogonalise embeddings and heads too, as the authors' code does.
+        roles: from `hf_mars.optim.parameter_roles(model)`: the role of each parameter, where shapes cannot tell.
+        process_group: ranks that hold the same parameters and gradients (data parallelism) and share out the matrices
+            among themselves; None: each rank orthogonalises all. Sharded parameters know their ranks themselves.
+
+    State of an orthogonalised parameter: as for `MarsLion`.
+    """
+
+    matrix_update = "shampoo"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.025,
+        max_norm: float | None = 1.0,
+        exact: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        optimize_1d: bool = False,
+        ns_steps: int | None = 5,
+        adjust_lr_fn: str = "original",
+        orthogonalize_embeddings: bool = False,
+        last_grad_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        kahan_sum: bool | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        roles: Mapping[Tensor, ParameterRole] | None = None,
+        process_group: Replicas | None = None,
+    ):
+        self._set_up(params, settings_among(locals()), roles)
+        self.process_group = process_group
+
+    def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+        if kind == "matrix" or (kind == "embedding" and settings["orthogonalize_embeddings"]):
+            return {"update": "shampoo"}
+        mars_m = settings["adjust_lr_fn"] == "match_rms_adamw"
+        lr_1d = settings["lr_1d"]
+        if lr_1d is None:
+            lr_1d = settings["lr"] if mars_m else settings["lr"] / 2
+        plain = not settings["optimize_1d"] if kind == "1d" else mars_m
+        return {"update": "adamw", "lr": lr_1d, **(plain_adamw(settings) if plain else {})}

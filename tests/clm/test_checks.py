@@ -1,0 +1,153 @@
+"""Arguments that cannot work are refused in one message that names the argument, its value and what is allowed."""
+
+import pytest
+from clm_helpers import parse, run_main, write_documents, write_token_bin
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_mars.clm.checks import check_arguments, set_accumulation
+from hf_mars.clm.errors import UsageError
+from hf_mars.clm.run import main
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ("--global_batch_size 24", 3),
+        ("--global_batch_size 8", 1),
+        ("--global_batch_size 20", UsageError("--global_batch_size 20: must be a multiple of 8")),
+        ("--global_batch_size 0", UsageError("--global_batch_size 0: must be a multiple of 8")),
+        (
+            "--global_batch_size 24 --gradient_accumulation_steps 2",
+            UsageError("--global_batch_size 24: sets --gradient_accumulation_steps, which is given as 2"),
+        ),
+    ],
+)
+def test_the_global_batch_sets_the_accumulation(monkeypatch, options, expected):
+    *_, run_args, training_args = parse("--output_dir", "x", "--per_device_train_batch_size", 4, *options.split())
+    monkeypatch.setattr(type(training_args), "world_size", 2)
+    monkeypatch.setattr(type(training_args), "n_gpu", 1)
+    if isinstance(expected, UsageError):
+        with pytest.raises(UsageError, match=str(expected)):
+            set_accumulation(run_args.global_batch_size, training_args)
+    else:
+        set_accumulation(run_args.global_batch_size, training_args)
+        assert training_args.gradient_accumulation_steps == expected
+
+
+REFUSED = {
+    "--save_strategy foo": "--save_strategy.* invalid choice: 'foo'.*steps",
+    "--learning_rate abc": "--learning_rate.* invalid float value: 'abc'",
+    "--lora 4": "ambiguous option: --lora could match --lora_r",
+    "--seed": "--seed: expected one argument",
+    "--train_file 1.jsonl 2.jsonl": "2.jsonl: belongs to no argument; .*pattern in quotes, .*file of arguments first",
+    "--max_steps 3 a.yaml": "a.yaml: belongs to no argument; .*pattern in quotes, .*file of arguments first",
+    "--optim_args gamm=0.1": r"'gamm'.*nearest.*'gamma'",
+    "--optim_args gamma=abc": "gamma='abc'",
+    "--learning_rat_ 1": "unknown argument --learning_rat_; the nearest valid one is --learning_rate",
+    "--optim mars_adam": "mars_adam is not a valid OptimizerNames",
+    "--model_type nosuch": "--model_type nosuch: .*Allowed: .*gpt2",
+    "--model_type gpt2 --config_name c": "--model_type gpt2: --config_name c",
+    "--model_type gpt2 --model_name_or_path m": "--model_type gpt2: .*--model_name_or_path m",
+    "--config_overrides n_layer=1 --model_name_or_path m": "--config_overrides n_layer=1: .*--model_name_or_path m",
+    "--config_overrides n_layers=1": "--config_overrides n_layers=1: .*the nearest is 'n_layer'",
+    "--config_overrides n_layer": "--config_overrides n_layer: 'n_layer' must be key=value",
+    "--config_overrides n_layer=many": "--config_overrides n_layer=many: .*many",
+    "--vocab_size 300 --model_name_or_path m": "--vocab_size 300: .*--model_name_or_path brings one",
+    "--vocab_size 300 --tokenizer_name t": "--vocab_size 300: .*--tokenizer_name brings one",
+    "--vocab_size 100": "--vocab_size 100: must be at least 257",
+    "--model_name_or_path ./nosuch": "--model_name_or_path ./nosuch: no model configuration there",
+    "--config_name ./nosuch": "--config_name ./nosuch: no model configuration there",
+    "--tokenizer_name ./nosuch": "--tokenizer_name ./nosuch: no tokenizer there",
+    "--block_size 1": "--block_size 1: must be at least 2",
+    "--block_size 64 --config_overrides n_positions=32": "--block_size 64: .* 32 positions; allowed: 2 to 32",
+    "--block_size 2000 --model_type gpt2": "--block_size 2000: the model has 1024 positions",
+    "--max_train_samples 0": "--max_train_samples 0: must be at least 1",
+    "--max_eval_samples 0": "--max_eval_samples 0: must be at least 1",
+    "--preprocessing_num_workers 0": "--preprocessing_num_workers 0: must be at least 1",
+    "--validation_split_percentage 100": "--validation_split_percentage 100: must be between 0 and 99",
+    "--validation_split_percentage 0": "--validation_split_percentage 0: leaves nothing to evaluate on",
+    "--train_file a.doc": r"--train_file a.doc: .*\.parquet",
+    "--train_file missing.txt": "--train_file missing.txt: there is no such file",
+    "--train_file here.txt --dataset_name d": "--train_file here.txt: .*--dataset_name d",
+    "--train_file here.txt": "--validation_split_percentage 5: 1 row",
+    "--train_file two.txt": r"--block_size 128: the training text has only \d+ tokens",
+    "--validation_file here.txt": "--validation_file here.txt: there is no text to train on",
+    "--do_eval --validation_file two.txt": "--validation_file two.txt: is no text to train a tokenizer on",
+    "--do_eval --dataset_name held_out": "--dataset_name held_out: has no train split, and a tokenizer is",
+    "--dataset_name held_out --tokenizer_name tokenizer": "--dataset_name held_out: has no train split; .*--do_eval",
+    "--validation_file here.txt --train_file two.txt --block_size 4": "--block_size 4: the validation text has only",
+    "--streaming": "--streaming needs --max_steps, a positive number, not -1",
+    "--streaming --max_steps 1 --dataloader_num_workers 2": "--dataloader_num_workers 2: .*at most 1",
+    "--streaming --max_steps 1 --train_file two.txt --validation_file two.txt": "--block_size 128: .*fewer tokens",
+    "--streaming --max_steps 1 --train_file two.txt": "128: .* first 500 rows, .*--validation_split_percentage 5",
+    "--config_name untyped.json": "--config_name untyped.json: no model configuration there: .*model_type",
+    "--dataset_name folder --validation_split_percentage 0": "--dataset_name folder: has no validation split",
+    "--attn_implementation nosuch": "--attn_implementation nosuch: .*eager",
+    "--text_column body --train_file two.jsonl": "--text_column body: --train_file two.jsonl has no such column",
+    "--append_eos": "--append_eos: the lines of a txt file",
+    "--lora_r 4": "--lora_r 4: adapts a pretrained model; give --model_name_or_path",
+    "--lora_r 0": "--lora_r 0: must be at least 1",
+    "--lora_r 4 --lora_dropout 1": r"--lora_dropout 1.0: must be in \[0, 1\)",
+    "--lora_alpha 4": "--lora_alpha 4: needs --lora_r",
+    "--lora_target_modules c_attn": "--lora_target_modules c_attn: needs --lora_r",
+    "--train_file a.bin": "--train_file a.bin: there is no such file",
+    "--train_file b.bin": r"--train_file .*b\.bin: 3 bytes are no tokens of 2 bytes each",
+    "--train_file t.bin --block_size 4": "t.bin: holds token id 60000, but the model's embedding has 50257 rows",
+    "--train_file t.bin --block_size 64": "--block_size 64: the training text has only 19 tokens",
+    "--train_file t.bin --validation_file two.txt": "--validation_file two.txt: both files must hold tokens",
+    "--train_file t.bin --streaming --max_steps 1": "--streaming True: token files",
+    "--train_file t.bin --append_eos": "--append_eos True: the documents in token files",
+    "--train_file t.bin --text_column body": "--text_column body: token files have no columns",
+    "--train_file t.bin --vocab_size 300": "--vocab_size 300: no tokenizer is trained for token files",
+    "--train_file t.bin --sample_prompt It": "--sample_prompt It: needs the tokenizer of the token files",
+    "--train_file t.bin --validation_split_percentage 0": "--validation_split_percentage 0: leaves nothing",
+    "--global_batch_size 12": "--global_batch_size 12: must be a multiple of 8, --per_device_train_batch_size 8 on 1",
+    "--do_train false": "--do_train false --do_eval false: there is nothing to do",
+    "--do_train --eval_on_start": "--eval_on_start true: needs evaluation",
+    "--prediction_loss_only true": "--prediction_loss_only true: .*computed from the logits",
+    "--resume_from_checkpoint true": "--resume_from_checkpoint true: there is no complete checkpoint",
+    "--resume_from_checkpoint nosuch": "--resume_from_checkpoint nosuch: .*allowed: true, auto, false or the path",
+    "--resume_from_checkpoint auto --overwrite_output_dir": "--resume_from_checkpoint auto: contradicts",
+}
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED.items(), ids=REFUSED)
+def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("one")
+    (tmp_path / "two.txt").write_text("one\ntwo\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "held_out").mkdir()
+    tokenizer = Tokenizer(models.WordLevel({"one": 0, "[UNK]": 1}, "[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
+    for name in ("two.jsonl", "folder/train.jsonl", "held_out/validation.jsonl"):
+        write_documents(tmp_path / name, ["one", "two"])
+    (tmp_path / "untyped.json").write_text('{"n_layer": 1}')
+    (tmp_path / "b.bin").write_bytes(b"abc")
+    write_token_bin(tmp_path / "t.bin", [60000] * 20)
+    with pytest.raises(UsageError, match=message):
+        main(["--output_dir", "out", "--use_cpu", "--cache_dir", "cache", *arguments.split()])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", ["--validation_split_percentage 0 --do_train", "--validation_file here.txt"])
+def test_many_workers_may_read_a_stream_that_is_not_split(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("one")
+    streaming = "--streaming --max_steps 1 --dataloader_num_workers 2 --train_file here.txt --output_dir out"
+    model_args, data_args, run_args, training_args = parse(*streaming.split(), *options.split())
+    check_arguments(model_args, data_args, run_args, training_args)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(trained, tmp_path):
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(trained[0], vocab_size=200, ignore_mismatched_sizes=True).save_pretrained(
+        model
+    )
+    with pytest.raises(
+        UsageError, match=r"--tokenizer_name .* has 300 tokens, but .* 200 rows; allowed: .* at most 200"
+    ):
+        run_main("--output_dir", tmp_path / "out", "--model_name_or_path", model, "--tokenizer_name", trained[0])
+    with pytest.raises(UsageError, match=r"--model_name_or_path .*: no tokenizer there; give --tokenizer_name"):
+        run_main("--output_dir", tmp_path / "out", "--model_name_or_path", model)

@@ -1,0 +1,92 @@
+"""Where a run starts, and what it removes."""
+
+import logging
+
+import pytest
+from clm_helpers import log_history, parse, run_main
+
+from hf_mars.clm.errors import UsageError
+from hf_mars.clm.output_folder import checkpoint_to_resume
+
+
+def make_checkpoint(folder, step, *, complete=True, optimizer=True):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    if complete:
+        (checkpoint / "trainer_state.json").write_text("{}")
+    if optimizer:
+        (checkpoint / "optimizer.pt").touch()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Output folders in the present folder, each as a run may have left it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for step in (5, 10):
+        make_checkpoint(tmp_path / "two", step)
+    make_checkpoint(tmp_path / "cut", 9)
+    make_checkpoint(tmp_path / "cut", 10, complete=False)
+    make_checkpoint(tmp_path / "weights", 5, optimizer=False)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "log.txt").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+
+
+BOTH_WAYS_OUT = "--resume_from_checkpoint true.*--overwrite_output_dir"
+
+
+@pytest.mark.parametrize(
+    "output_dir, options, expected",
+    [
+        ("new", "", None),
+        ("empty", "", None),
+        ("new", "--resume_from_checkpoint auto", None),
+        ("logs", "--resume_from_checkpoint auto", None),
+        ("two", "--resume_from_checkpoint true", "two/checkpoint-10"),
+        ("two", "--resume_from_checkpoint True", "two/checkpoint-10"),
+        ("two", "--resume_from_checkpoint auto", "two/checkpoint-10"),
+        ("two", "--resume_from_checkpoint two/checkpoint-5", "two/checkpoint-5"),
+        ("new", "--resume_from_checkpoint two/checkpoint-5", "two/checkpoint-5"),
+        ("cut", "--resume_from_checkpoint true", "cut/checkpoint-9"),
+        ("two", "--overwrite_output_dir", None),
+        ("two", "", UsageError(BOTH_WAYS_OUT)),
+        ("logs", "", UsageError(BOTH_WAYS_OUT)),
+        ("model", "--resume_from_checkpoint false", UsageError(BOTH_WAYS_OUT)),
+        ("model", "--resume_from_checkpoint auto", UsageError("finished model.*--overwrite_output_dir")),
+        ("logs", "--resume_from_checkpoint two/checkpoint-5", UsageError("outside of --output_dir logs")),
+        ("cut", "--resume_from_checkpoint cut/checkpoint-10", UsageError("no folder with a complete checkpoint")),
+        ("weights", "--resume_from_checkpoint true", UsageError("no optimizer state.*--model_name_or_path")),
+    ],
+)
+def test_where_a_run_starts(folders, output_dir, options, expected):
+    _, _, run_args, training_args = parse("--output_dir", output_dir, *options.split())
+    if isinstance(expected, UsageError):
+        with pytest.raises(UsageError, match=str(expected)):
+            checkpoint_to_resume(training_args, run_args)
+    else:
+        assert checkpoint_to_resume(training_args, run_args) == expected
+
+
+def test_overwriting_removes_what_training_wrote_and_nothing_else(tmp_path, caplog):
+    output_dir = tmp_path / "out"
+    make_checkpoint(output_dir, 7)
+    for name in ("notes.txt", "checkpoint-notes.txt", "all_results.json"):
+        (output_dir / name).write_text("{}")
+    with caplog.at_level(logging.WARNING, "run_clm"):
+        run_main("--output_dir", output_dir, "--do_train", "--max_steps", 1, "--overwrite_output_dir")
+    names = {path.name for path in output_dir.iterdir()}
+    assert {"notes.txt", "checkpoint-notes.txt", "checkpoint-1", "model.safetensors"} <= names
+    assert "checkpoint-7" not in names
+    for name in ("checkpoint-7", "all_results.json"):
+        assert f"removing {output_dir / name}" in caplog.text
+    assert log_history(output_dir)[-1]["step"] == 1
+
+
+def test_overwriting_spares_what_the_run_reads(trained):
+    output_dir, _ = trained
+    checkpoint = output_dir / "checkpoint-20"
+    with pytest.raises(UsageError, match=f"would remove {checkpoint}, which this run reads"):
+        run_main("--output_dir", output_dir, "--overwrite_output_dir", "--model_name_or_path", checkpoint)
+    assert checkpoint.is_dir()

@@ -1,0 +1,26 @@
+"""What ranks tell each other in a step: norms of sharded tensors, and matrices that one rank works on for all."""
+
+import json
+
+import pytest
+from launch_helpers import launch
+
+pytestmark = pytest.mark.slow
+
+MATRICES = 7  # of sharing_worker.py
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharing(world):
+    """The worker checks the values: tall, wide, square and stacked matrices, uneven and empty shards; and pieces."""
+    found = json.loads(launch(world, "engines/sharing_worker.py").strip().splitlines()[-1])
+    # Each matrix is worked on once; in each row of a hybrid mesh once; where it cannot be shared out, on every rank.
+    expected = {"rows": 1, "columns": 1, "hybrid": 2, "replicated": world, "both": world}
+    if world == 2:  # the grid is 2 x 1
+        expected["hybrid"] = 2
+    for name, times in expected.items():
+        assert found[f"{name}: worked on by all ranks"] == times * MATRICES, name
+        assert found[f"{name}: reductions"] == {"replicated": 0, "both": 2}.get(name, 1), name
+    assert found["replicas: messages a step"] == {"broadcast": min(world, 4)}  # of four matrices
+    assert found["sharded MarsAdamW: messages a step"] == {"all_reduce": 1}
+    assert found["sharded MarsShampoo: messages a step"] == {"all_reduce": 1, "all_to_all_single": 2}

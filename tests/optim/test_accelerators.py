@@ -1,0 +1,78 @@
+"""On accelerators step() never waits for the device. Tensors on "meta" have no values that anything could wait for;
+where there is a GPU, torch itself looks for synchronisation."""
+
+import pytest
+import torch
+from helpers import EVERY_METHOD, assert_close, make, make_gradients, make_params, run_steps
+
+SETTINGS = {
+    "the default": {},
+    "without clip": {"max_norm": None},
+    "exact": {"exact": True},
+    "half the state": {"state_dtype": "bfloat16", "last_grad_dtype": "bfloat16"},
+}
+SHAPES = [(8, 4), (4, 8), (4,)]
+
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+every_case = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def make_on(device, method, dtype, settings):
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in make_params(SHAPES, dtype=dtype)]
+    return params, make(method, params, weight_decay=0.1, **settings)
+
+
+def set_gradients(params, optimizer, exact):
+    """Also at the previous point, whatever it is: values do not matter here."""
+    if exact:
+        with optimizer.previous_point():
+            for p in params:
+                p.grad = torch.ones_like(p)
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
+def test_a_meta_tensor_has_no_value_to_read():
+    with pytest.raises(RuntimeError):
+        torch.zeros((), device="meta").item()
+
+
+@every_case
+@every_dtype
+@EVERY_METHOD
+def test_step_reads_no_value(method, dtype, settings):
+    params, optimizer = make_on("meta", method, dtype, settings)
+    for _ in range(3):
+        set_gradients(params, optimizer, "exact" in settings)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@with_gpu
+@every_case
+@every_dtype
+@EVERY_METHOD
+def test_step_does_not_synchronize(method, dtype, settings):
+    params, optimizer = make_on("cuda", method, dtype, settings)
+    for _ in range(3):
+        set_gradients(params, optimizer, "exact" in settings)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+
+
+@with_gpu
+@pytest.mark.parametrize("max_norm", [1.0, None])
+@EVERY_METHOD
+def test_a_gpu_takes_the_steps_of_a_cpu(method, max_norm):
+    """float64, where Newton-Schulz is computed in the same precision on both."""
+    finals = []
+    for device in ("cpu", "cuda"):
+        params, optimizer = make_on(device, method, torch.float64, {"max_norm": max_norm, "gamma": 0.2})
+        gradients = [[g.to(device) for g in step] for step in make_gradients(params, 5)]
+        finals.append([p.cpu() for p in run_steps(optimizer, params, gradients)])
+    assert_close(*finals, 1e-10)

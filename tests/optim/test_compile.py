@@ -1,0 +1,26 @@
+"""torch.compile over step(): one graph, the results of the plain step to rounding."""
+
+import pytest
+import torch
+from helpers import METHODS, assert_close, make_gradients, make_params, values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("max_norm", [1.0, None])
+@pytest.mark.parametrize("method", ["mars_adamw", "mars_lion", "mars_shampoo"])
+def test_compiled_step(method, max_norm):
+    """In one graph, where torch's own AdamW needs breaks. Step 1 has no state yet, so there are two graphs."""
+    cls, keywords, _ = METHODS[method]
+    torch._dynamo.reset()
+    finals = []
+    for compiled in (False, True):
+        params = make_params([(7, 4), (6,)], dtype=torch.float32)
+        optimizer = cls(params, lr=0.02, weight_decay=0.1, gamma=0.2, max_norm=max_norm, **keywords)
+        step = torch.compile(optimizer.step, fullgraph=True) if compiled else optimizer.step
+        for gradients in make_gradients(params, 4, scales=(0.05, 1.0)):
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = g.clone()
+            step()
+        finals.append(values(params))
+    assert_close(*finals, 1e-5 if method == "mars_shampoo" else 1e-6)

@@ -1,0 +1,192 @@
+"""optim_args: typed, checked, early."""
+
+import logging
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_helpers import cpu
+from transformers import TrainingArguments
+
+from hf_mars import MarsLion, MarsShampoo, MarsTrainingArguments
+from hf_mars.trainer import options
+from hf_mars.trainer.names import VARIANTS
+from hf_mars.trainer.options import hyperparameters, optimizer_cls_and_kwargs, options_of, parse_optim_args
+
+ALL_NAMES = list(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, {}),
+        ("", {}),
+        ("  ", {}),
+        ("gamma=0.05", {"gamma": 0.05}),
+        (" gamma = 5e-2 , exact = TRUE ", {"gamma": 0.05, "exact": True}),
+        ("max_norm=none,lr_1d=None", {"max_norm": None, "lr_1d": None}),
+        ("max_norm=2", {"max_norm": 2.0}),
+        ("exact=0,optimize_1d=yes", {"exact": False, "optimize_1d": True}),
+        (
+            "beta1=0.9,beta2=0,beta1_1d=0.8,beta2_1d=0.7",
+            {"beta1": 0.9, "beta2": 0.0, "beta1_1d": 0.8, "beta2_1d": 0.7},
+        ),
+        ("foreach=none,fused=false", {"foreach": None, "fused": False}),
+    ],
+)
+def test_values_are_typed(text, expected):
+    parsed = parse_optim_args(text, "mars_adamw")
+    assert parsed == expected
+    assert [type(v) for v in parsed.values()] == [type(v) for v in expected.values()]
+
+
+def test_shampoos_own_options():
+    text = "ns_steps=3,adjust_lr_fn=match_rms_adamw,orthogonalize_embeddings=true"
+    expected = {"ns_steps": 3, "adjust_lr_fn": "match_rms_adamw", "orthogonalize_embeddings": True}
+    assert parse_optim_args(text, "mars_shampoo") == expected
+    assert parse_optim_args("ns_steps=none", "mars_m") == {"ns_steps": None}
+
+
+# text, what the message must hold
+BAD = [
+    ("gamm=1", ["'gamm'", "'1'", "'gamma'"]),
+    ("gamma=abc", ["gamma", "'abc'", "[0, 1]"]),
+    ("gamma=-1", ["gamma", "'-1'", "[0, 1]"]),
+    ("gamma=nan", ["gamma", "'nan'"]),
+    ("gamma=", ["gamma", "''"]),
+    ("max_norm=0", ["max_norm", "'0'", "> 0", "none"]),
+    ("max_norm=inf", ["max_norm", "'inf'"]),
+    ("beta1=1", ["beta1", "[0, 1)"]),
+    ("betas=(0.9,0.95)", ["'betas'", "'beta"]),
+    ("a=b=c", ["'a'", "'b=c'", "nearest"]),
+    ("gamma", ["'gamma'", "gamma=<"]),
+    ("gamma=0.1,", ["gamma=0.1,", "empty"]),
+    (",", ["empty"]),
+    ("gamma=0.1,gamma=0.2", ["'gamma'", "twice"]),
+    ("exact=maybe", ["exact", "'maybe'", "true or false"]),
+    ("lr=1e-3", ["'lr'", "--learning_rate"]),
+    ("weight_decay=0.1", ["--weight_decay"]),
+    ("ns_steps=5", ["'ns_steps'", "mars_adamw"]),
+    ("Gamma=0.1", ["'Gamma'", "'gamma'"]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD, ids=[text for text, _ in BAD])
+def test_mistakes_are_named_when_arguments_are_made(text, words, tmp_path):
+    with pytest.raises(ValueError, match="optim_args") as error:
+        TrainingArguments(output_dir=str(tmp_path), optim="mars_adamw", optim_args=text)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("text", ["ns_steps=2.5", "ns_steps=0", "adjust_lr_fn=moonlight"])
+def test_mistakes_in_shampoos_options(text):
+    with pytest.raises(ValueError, match=text.split("=")[0]):
+        parse_optim_args(text, "mars_shampoo")
+
+
+def test_mars_m_stands_for_its_scale():
+    with pytest.raises(ValueError, match=r"match_rms_adamw.*mars_shampoo"):
+        parse_optim_args("adjust_lr_fn=original", "mars_m")
+
+
+def test_other_optimizers_are_left_alone(tmp_path):
+    TrainingArguments(output_dir=str(tmp_path), optim="sgd", optim_args="momentum=0.9,anything=1")
+
+
+def test_arguments_out_of_range_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"lr must be a number >= 0, got -1"):
+        TrainingArguments(output_dir=str(tmp_path), optim="mars_lion", learning_rate=-1.0)
+
+
+@given(st.sampled_from(ALL_NAMES), st.data())
+def test_any_valid_entries_in_any_order_are_read_back(name, data):
+    texts = {"gamma": st.floats(0, 1), "eps": st.floats(0, 1e3), "beta1": st.floats(0, 1, exclude_max=True)}
+    texts["exact"] = st.booleans()
+    chosen = data.draw(st.lists(st.sampled_from(sorted(texts)), unique=True))
+    values = {key: data.draw(texts[key]) for key in chosen}
+    text = ",".join(f"{key}={value}" for key, value in values.items())
+    assert parse_optim_args(text, name) == values
+
+
+@given(st.sampled_from(ALL_NAMES), st.text(alphabet="abgmx=_1.0, -eé", max_size=30))
+def test_any_text_is_read_or_refused_with_a_value_error(name, text):
+    try:
+        parsed = parse_optim_args(text, name)
+    except ValueError as error:
+        assert "optim_args" in str(error)
+    else:
+        assert set(parsed) <= set(options_of(name))
+        assert not any(isinstance(v, float) and not math.isfinite(v) for v in parsed.values())
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "betas"),
+    [
+        (TrainingArguments, {}, (0.95, 0.99)),
+        (TrainingArguments, {"adam_beta1": 0.8}, (0.8, 0.99)),
+        (TrainingArguments, {"adam_beta2": 0.9}, (0.95, 0.9)),
+        (TrainingArguments, {"adam_beta1": 0.8, "optim_args": "beta1=0.7"}, (0.7, 0.99)),
+        (MarsTrainingArguments, {}, (0.95, 0.99)),
+        (MarsTrainingArguments, {"adam_beta1": 0.9, "adam_beta2": 0.999}, (0.9, 0.999)),
+        (MarsTrainingArguments, {"adam_beta1": 0.9, "optim_args": "beta2=0.5"}, (0.9, 0.5)),
+    ],
+)
+def test_whose_betas_count(cls, settings, betas, tmp_path):
+    assert hyperparameters(cls(output_dir=str(tmp_path), optim="mars_adamw", **settings))["betas"] == betas
+
+
+def test_mars_training_arguments_defaults(tmp_path):
+    args = MarsTrainingArguments(output_dir=str(tmp_path))
+    assert (args.optim, args.adam_beta1, args.adam_beta2) == ("mars_adamw", 0.95, 0.99)
+    baseline = MarsTrainingArguments(output_dir=str(tmp_path), optim="adamw_torch")
+    stock = TrainingArguments(output_dir=str(tmp_path), optim="adamw_torch")
+    assert (baseline.adam_beta1, baseline.adam_beta2) == (stock.adam_beta1, stock.adam_beta2)
+
+
+def test_everything_reaches_the_optimizer(tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        optim="mars_shampoo",
+        learning_rate=0.02,
+        adam_epsilon=1e-6,
+        optim_args="gamma=0.05,max_norm=none,lr_1d=1e-3,beta1_1d=0.8,ns_steps=3",
+    )
+    assert hyperparameters(args) == {
+        "lr": 0.02,
+        "betas": (0.95, 0.99),
+        "eps": 1e-6,
+        "gamma": 0.05,
+        "max_norm": None,
+        "lr_1d": 1e-3,
+        "betas_1d": (0.8, 0.95),
+        "ns_steps": 3,
+    }
+
+
+def test_effective_hyperparameters_are_logged_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(options.logger, "propagate", True)
+    args = TrainingArguments(output_dir=str(tmp_path), optim="mars_lion", optim_args="gamma=0.07")
+    with caplog.at_level(logging.INFO, logger=options.logger.name):
+        cls, _ = options.optimizer_cls_and_kwargs(args, None)
+    assert cls is MarsLion
+    lines = [record.getMessage() for record in caplog.records if "gamma=0.07" in record.getMessage()]
+    assert len(lines) == 1 and "betas=(0.95, 0.99)" in lines[0]
+
+
+def test_shampoo_needs_the_model(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), optim="mars_m")
+    with pytest.raises(ValueError, match="needs the model"):
+        options.optimizer_cls_and_kwargs(args, None)
+    assert options.optimizer_class("mars_m") is MarsShampoo
+
+
+def test_the_trainer_says_where_it_is_missing(monkeypatch, caplog, tmp_path):
+    """The compiled step of CPUs, as where the package was installed without a C compiler."""
+    caplog.set_level("WARNING", "hf_mars")
+    args = TrainingArguments(str(tmp_path), optim="mars_adamw", use_cpu=True)
+    optimizer_cls_and_kwargs(args, None)
+    assert "compiled step of hf_mars is missing" not in caplog.text
+    monkeypatch.setattr(cpu, "_cpu", None)
+    optimizer_cls_and_kwargs(args, None)
+    assert "compiled step of hf_mars is missing" in caplog.text
