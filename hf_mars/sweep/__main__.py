@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int:
 
 def _run(arguments: argparse.Namespace, command: list[str], folder: Path, began: float) -> int:
     through_hf_mars(command)
-    plan = _plan(arguments, command)
+    plan = plan_of(arguments, command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -156,7 +156,8 @@ def _run(arguments: argparse.Namespace, command: list[str], folder: Path, began:
     return 0
 
 
-def _plan(arguments: argparse.Namespace, command: list[str]) -> Plan:
+def plan_of(arguments: argparse.Namespace, command: list[str]) -> Plan:
+    """The plan that the command line, or the file that it names, asks for."""
     if (arguments.plan is None) == (arguments.optim is None):
         raise SweepError("give the optimizers with --optim or in a --plan file, one of the two")
     file: dict[str, Any] = (

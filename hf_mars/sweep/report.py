@@ -138,7 +138,7 @@ def _warnings(runs: list[Row]) -> list[str]:
     short = [row for row in runs if row["steps"] != row["max_steps"]]
     if short:
         notes.append(f"**{len(short)} runs stopped before their schedule's end.**")
-    initial: dict[int, set[float]] = {}
+    initial: dict[int, set[float | None]] = {}
     for row in runs:
         initial.setdefault(row["seed"], set()).add(row.get("initial"))
     if any(len(sums) > 1 for sums in initial.values()):

@@ -1,5 +1,7 @@
 """Plans: from names, from YAML, stored, added to."""
 
+from pathlib import Path
+
 import pytest
 
 from hf_mars.sweep.errors import SweepError
@@ -66,6 +68,14 @@ def test_a_plan_file_multiplies_its_lists(plan_file):
     assert {a["weight_decay"] for a in arguments} == {"0", "0.1"} and {a["learning_rate"] for a in arguments} == {
         "0.006"
     }
+
+
+def test_the_plan_in_the_docs(plan_file):
+    text = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text()
+    plan_file.write_text(text.split("```yaml\n")[1].split("```")[0])
+    file = read_plan_file(plan_file)
+    plan = make_plan(["x"], file["optimizers"], file["learning_rate"], file["arguments"], seeds=2, final_seeds=3)
+    assert [len(grid) for grid in plan.optimizers.values()] == [6, 6, 6]
 
 
 def test_arguments_of_a_run():
