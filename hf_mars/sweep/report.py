@@ -56,8 +56,8 @@ def _cells(s: Summary, comparison: Comparison) -> list[str]:
     base = comparison.baseline
     difference = "baseline" if s is base else "—"
     if s.difference is not None:
-        error = "one seed" if s.difference.error is None else f"{s.difference.error:.4f}"
-        difference = f"{s.difference.mean:+.4f} ± {error}"
+        error = " (one seed)" if s.difference.error is None else f" ± {s.difference.error:.4f}"
+        difference = f"{s.difference.mean:+.4f}{error}"
     steps = seconds = "—" if s is base else "not reached"
     if s.part_of_steps is not None and base.curve:
         last = base.curve[-1]

@@ -160,6 +160,8 @@ def verdict(summary: Summary, comparison: Comparison) -> str:
     level = d.error is not None and abs(d.mean) <= 2 * d.error
     if level:
         ending = f"ends level with {base.label}: {d.mean:+.4f} ± {d.error:.4f} over {d.seeds} seeds, within two errors"
+    elif d.mean == 0:
+        ending = f"ends where {base.label} does ({error})"
     else:
         ending = f"ends {size} {'below' if d.mean < 0 else 'above'} {base.label}"
     if summary.part_of_steps is None:
