@@ -23,6 +23,8 @@ from transformers import HfArgumentParser, TrainingArguments
 import hf_mars.__main__
 from hf_mars import plot
 from hf_mars.clm.errors import UsageError
+from hf_mars.sweep import __main__ as sweep
+from hf_mars.sweep.errors import SweepError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("python", "torchrun", "accelerate", "sbatch", "make", "pip")
@@ -203,6 +205,8 @@ def check(command, model):
         execute_run_clm(arguments[2:], model)
     elif command[:3] == ("python", "-m", "hf_mars.plot"):
         draw(arguments[2:])
+    elif command[:3] == ("python", "-m", "hf_mars.sweep"):
+        sweep.parser().parse_args(list(itertools.takewhile(lambda argument: argument != "--", arguments[2:])))
     elif program == "python" and arguments[0].startswith("benchmarks/"):
         parse_benchmark(arguments[0], arguments[1:])
     elif program == "torchrun":
@@ -243,6 +247,7 @@ def test_command(command, model, folder):
         ("python benchmarks/state_bytes.py --steps 3", AssertionError, "--steps"),
         ("python benchmarks/none.py", FileNotFoundError, "none.py"),
         ("python -m hf_mars.plot out --outputs loss.png", SystemExit, "2"),
+        ("python -m hf_mars.sweep --optims mars_m -- python train.py", SweepError, "--optims"),
         ("python -m hf_mars train.py --optim mars_adamv --output_dir out", SystemExit, "2"),
         ("python -m hf_mars --mars_diagnostic train.py --optim mars_adamw --output_dir out", SystemExit, "2"),
         ("python -m hf_mars train.py --optim mars_adamw --optim_args gama=1 --output_dir out", ValueError, "gama"),
