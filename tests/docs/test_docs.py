@@ -261,6 +261,7 @@ def test_command(command, model, folder):
         ("python benchmarks/state_bytes.py --steps 3", AssertionError, "--steps"),
         ("python benchmarks/none.py", FileNotFoundError, "none.py"),
         ("python -m hf_mars.plot out --outputs loss.png", SystemExit, "2"),
+        ("python -m hf_mars.sweep --optims mars_m -- python train.py", SweepError, "--optims"),
         ("python -m hf_mars train.py --optim mars_adamv --output_dir out", SystemExit, "2"),
         ("python -m hf_mars --mars_diagnostic train.py --optim mars_adamw --output_dir out", SystemExit, "2"),
         ("python -m hf_mars train.py --optim mars_adamw --optim_args gama=1 --output_dir out", ValueError, "gama"),
