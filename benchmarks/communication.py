@@ -418,7 +418,7 @@ def formulas(engine: str, name: str, ranks: int) -> dict[str, Any]:
 
 RANKS = (8, 64, 512)
 TOKENS = 480 * 1024  # an update of the paper's GPT-2 runs
-SPEED = 100e12  # operations a second, where a bandwidth is compared with them
+SPEED = 100e12  # operations per second, where a bandwidth is compared with them
 BEGIN, END = "<!-- python benchmarks/communication.py -->\n", "<!-- end -->\n"
 
 

@@ -1,4 +1,4 @@
-"""What exact mode costs: time a step and bytes in memory, of MarsTrainer with exact=false and exact=true.
+"""What exact mode costs: time per step and bytes in memory, of MarsTrainer with exact=false and exact=true.
 
     python benchmarks/exact_cost.py                     # the table in docs/exact.md; about two minutes on two cores
     python benchmarks/exact_cost.py --device cuda --n_layer 12 --n_embd 768 --batch 8 --block 1024 --vocab 50257

@@ -66,9 +66,9 @@ def main():
             if t > 0:
                 seconds[name].append(time.perf_counter() - start)
     if dist.get_rank() == 0:
-        device = torch.cuda.get_device_name() if on_gpu else "CPU, one thread a process"
+        device = torch.cuda.get_device_name() if on_gpu else "CPU, one thread per process"
         print(f"torch {torch.__version__}, {dist.get_world_size()} processes, {device}, {len(shapes)} matrices")
-        print("\n| way | ms a step |\n| --- | --- |")
+        print("\n| way | ms per step |\n| --- | --- |")
         for name, values in seconds.items():
             print(f"| {name} | {1e3 * statistics.median(values):.0f} |")
     dist.barrier()

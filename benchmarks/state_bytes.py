@@ -1,4 +1,4 @@
-"""Bytes of optimizer state a parameter, for every variant and setting, counted after two steps.
+"""Bytes of optimizer state per parameter, for every variant and setting, counted after two steps.
 
     python benchmarks/state_bytes.py
 
@@ -24,7 +24,7 @@ SETTINGS = {
 
 
 def count(make, dtype):
-    """Bytes of state a parameter of one matrix of ``dtype``; blocks' scales count, single numbers do not."""
+    """Bytes of state per parameter of one matrix of ``dtype``; blocks' scales count, single numbers do not."""
     param = torch.nn.Parameter(torch.randn(512, 512).to(dtype))
     optimizer = make([param])
     for _ in range(2):

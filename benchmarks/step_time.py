@@ -129,7 +129,7 @@ def measure(makers, shapes, steps, device, compiled):
 
 def print_table(title, results, elements):
     first = next(iter(results.values()))["seconds"]
-    print(f"\n| {title} | ms | ratio | state, bytes a parameter | extra peak, bytes a parameter |")
+    print(f"\n| {title} | ms | ratio | state, bytes per parameter | extra peak, bytes per parameter |")
     print("| --- | --- | --- | --- | --- |")
     for name, result in results.items():
         median = statistics.median(result["seconds"])

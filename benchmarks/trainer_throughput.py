@@ -83,7 +83,9 @@ def main():
                 if turn > 0:
                     rates[name].append(tokens / statistics.median(times.seconds[2:]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {device}, {arguments.model}: {batch_size} × {config.n_positions} tokens a step")
+    print(
+        f"torch {torch.__version__}, {device}, {arguments.model}: {batch_size} × {config.n_positions} tokens per step"
+    )
     print("\n| optim | tokens per second | ratio to adamw_torch_fused, turn by turn |\n| --- | --- | --- |")
     report = {}
     for name, values in rates.items():

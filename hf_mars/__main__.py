@@ -15,6 +15,8 @@ from types import ModuleType, TracebackType
 from typing import NoReturn
 
 from hf_mars.trainer.children import prepare
+from hf_mars.trainer.names import RUN_LOG_VARIABLE
+from hf_mars.trainer.registry import log_every_trainer
 
 USAGE = """usage: python -m hf_mars [--mars_diagnostics] [-m] SCRIPT [ARGUMENT …]
 
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> None:
         _refuse(f"there is no file {argv[0]!r}")
     sys.excepthook = _without_our_frames(sys.excepthook)
     prepare(diagnostics)
+    if RUN_LOG_VARIABLE in os.environ:
+        log_every_trainer()
     if argv[0] == "-m":
         _run_module(argv)
     else:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .algorithm.correction import relative_update_rms
 from .exact import PreviousPoint
 from .form import Form, kappa_of
 from .last_grad import keep
@@ -41,6 +42,23 @@ class Batch:
     @property
     def kappa(self) -> float:
         return kappa_of(self.group)
+
+    @property
+    def lr(self) -> Any:
+        """η of the adaptive part: with `adjust_lr_fn="match_rms_adamw"` AdamW gets its update's root mean square."""
+        return self.group["lr"] / self._relative_update_rms
+
+    @property
+    def weight_decay(self) -> float:
+        """λ, so that `lr` times it is the group's ηλ."""
+        return float(self.group["weight_decay"] * self._relative_update_rms)
+
+    @property
+    def _relative_update_rms(self) -> float:
+        group = self.group
+        if self.form is not Form.APPROX or group["update"] != "adamw" or group["adjust_lr_fn"] != "match_rms_adamw":
+            return 1.0  # in exact mode both gradients have the same noise, so that c_t has that of g_t
+        return relative_update_rms(group["gamma"], group["betas"][0])
 
     @property
     def momentum_gamma(self) -> float:

@@ -76,7 +76,7 @@ def _update(
     """The preconditioned update of `params`, by AdamW, Lion or Shampoo."""
     group = batch.group
     beta1, beta2 = group["betas"]
-    lr, weight_decay, gamma = group["lr"], group["weight_decay"], batch.momentum_gamma
+    lr, weight_decay, gamma = batch.lr, batch.weight_decay, batch.momentum_gamma
     if group["update"] == "adamw":
         adamw(
             params,

@@ -38,6 +38,9 @@ class MarsAdamW(Mars):
         lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs).
         betas_1d: betas of 1d parameters.
         optimize_1d: give 1d parameters MARS, with `lr` and `betas`, too.
+        adjust_lr_fn: "original" is the paper's update; "match_rms_adamw" divides its adaptive part (not the weight
+            decay) by r(β1, γ), which gives it the root mean square of AdamW's where noise dominates the gradient, so
+            that AdamW's learning rate carries over. r is 1 for γ = 0 and in exact mode.
         last_grad_dtype: dtype of g_{t−1}: `torch.float32`, `torch.bfloat16` or their names; None: the parameter's.
         state_dtype: dtype of "exp_avg" and "exp_avg_sq", likewise.
         kahan_sum: keep the rest that rounding drops from the updates of bfloat16 and float16 parameters, in one more
@@ -56,6 +59,29 @@ class MarsAdamW(Mars):
     """
 
     matrix_update = "adamw"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 0.025,
+        max_norm: float | None = 1.0,
+        exact: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        optimize_1d: bool = False,
+        adjust_lr_fn: str = "original",
+        last_grad_dtype: torch.dtype | str | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        kahan_sum: bool | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ):
+        self._set_up(params, settings_among(locals()))
 
 
 class MarsLion(Mars):

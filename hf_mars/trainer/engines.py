@@ -42,7 +42,7 @@ def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: d
     if exact and args.n_gpu > 1:
         raise ValueError(
             f"optim_args exact=true does not work with {args.n_gpu} GPUs in one process (torch.nn.DataParallel): the "
-            "two gradients of an update would see different dropout masks; start one process a GPU "
+            "two gradients of an update would see different dropout masks; start one process per GPU "
             f"(torchrun --nproc_per_node {args.n_gpu}, or accelerate launch), or use exact=false"
         )
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+# The environment variable with the file of a run's RunLog; python -m hf_mars.sweep sets it for its runs.
+RUN_LOG_VARIABLE = "HF_MARS_SWEEP_LOG"
+
 
 class Variant(NamedTuple):
     """The optimizer that a name stands for.

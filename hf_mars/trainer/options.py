@@ -14,7 +14,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .. import optim
-from ..optim import MarsShampoo, parameter_roles
+from ..optim import MarsAdamW, MarsShampoo, parameter_roles
 from ..optim.hyperparameters import RANGES, check_hyperparameters
 from ..optim.kernels.cpu import is_compiled
 from ..optim.mars import Mars
@@ -86,9 +86,10 @@ OPTIONS = {
     "foreach": _as_in_optimizer("foreach", _or_none(_bool)),
     "fused": _as_in_optimizer("fused", _or_none(_bool)),
 }
+ADJUST_LR_FN = {"adjust_lr_fn": _as_in_optimizer("adjust_lr_fn", str)}
 SHAMPOO_OPTIONS = {
     "ns_steps": _as_in_optimizer("ns_steps", _or_none(int)),
-    "adjust_lr_fn": _as_in_optimizer("adjust_lr_fn", str),
+    **ADJUST_LR_FN,
     "orthogonalize_embeddings": _as_in_optimizer("orthogonalize_embeddings", _bool),
 }
 
@@ -103,7 +104,7 @@ def optimizer_class(name: str) -> type[Mars]:
 
 def options_of(name: str) -> dict[str, Option]:
     """The keys that `optim_args` may have under a MARS name."""
-    own = SHAMPOO_OPTIONS if optimizer_class(name) is MarsShampoo else {}
+    own = {MarsAdamW: ADJUST_LR_FN, MarsShampoo: SHAMPOO_OPTIONS}.get(optimizer_class(name), {})
     return {key: option for key, option in {**OPTIONS, **own}.items() if key not in VARIANTS[name].fixed}
 
 

@@ -18,6 +18,7 @@ from .versions import check_transformers
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
     from transformers.trainer_optimizer import OptimizerContext
     from transformers.training_args import OptimizerNames
 
@@ -42,6 +43,11 @@ def register() -> None:
 def diagnose_every_trainer() -> None:
     """Give each Trainer made from now on a `MarsDiagnosticsCallback`, before its reporters."""
     when_imported("transformers.trainer", _add_callback)
+
+
+def log_every_trainer() -> None:
+    """Give each Trainer made from now on a `RunLog`, after the callbacks that it is made with."""
+    when_imported("transformers.trainer_callback", _add_run_log)
 
 
 # ---- transformers.training_args: the names, and checks as early as possible ----
@@ -166,3 +172,20 @@ def _add_callback(trainer: ModuleType) -> None:
 
     if MarsDiagnosticsCallback not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)
+
+
+# ---- transformers.trainer_callback: the log of a run, where python -m hf_mars.sweep asks for it ----
+
+
+def _add_run_log(trainer_callback: ModuleType) -> None:
+    wrap_once(trainer_callback.CallbackHandler, "__init__", _with_run_log)
+
+
+def _with_run_log(init: Callable[..., None]) -> Callable[..., None]:
+    def init_with_run_log(self: CallbackHandler, *args: Any, **kwargs: Any) -> None:
+        from .run_log import RunLog
+
+        init(self, *args, **kwargs)
+        self.add_callback(RunLog)
+
+    return init_with_run_log

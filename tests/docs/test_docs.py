@@ -23,6 +23,10 @@ from transformers import HfArgumentParser, TrainingArguments
 import hf_mars.__main__
 from hf_mars import plot
 from hf_mars.clm.errors import UsageError
+from hf_mars.sweep.__main__ import parser as sweep_parser
+from hf_mars.sweep.__main__ import plan_of
+from hf_mars.sweep.command import through_hf_mars
+from hf_mars.sweep.errors import SweepError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("python", "torchrun", "accelerate", "sbatch", "make", "pip")
@@ -172,6 +176,18 @@ def parse_hf_mars(arguments):
         HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(rest)
 
 
+def parse_sweep(arguments):
+    """The sweep's own arguments make a plan, and the command's script takes those of every run."""
+    own = list(itertools.takewhile(lambda argument: argument != "--", arguments))
+    parsed, command = sweep_parser().parse_args(own), arguments[len(own) + 1 :]
+    if parsed.report:
+        assert not command
+        return
+    started = through_hf_mars(command)
+    for run in plan_of(parsed, command).runs():
+        parse_hf_mars([*started[started.index("hf_mars") + 1 :], *run.arguments(), "--output_dir", "out"])
+
+
 def check(command, model):
     program, *arguments = command
     if "hf_mars" in arguments:
@@ -203,6 +219,8 @@ def check(command, model):
         execute_run_clm(arguments[2:], model)
     elif command[:3] == ("python", "-m", "hf_mars.plot"):
         draw(arguments[2:])
+    elif command[:3] == ("python", "-m", "hf_mars.sweep"):
+        parse_sweep(arguments[2:])
     elif program == "python" and arguments[0].startswith("benchmarks/"):
         parse_benchmark(arguments[0], arguments[1:])
     elif program == "torchrun":
@@ -244,11 +262,14 @@ def test_command(command, model, folder):
         ("python benchmarks/state_bytes.py --steps 3", AssertionError, "--steps"),
         ("python benchmarks/none.py", FileNotFoundError, "none.py"),
         ("python -m hf_mars.plot out --outputs loss.png", SystemExit, "2"),
+        ("python -m hf_mars.sweep --optims mars_m -- python train.py", SweepError, "--optims"),
         ("python -m hf_mars train.py --optim mars_adamv --output_dir out", SystemExit, "2"),
         ("python -m hf_mars --mars_diagnostic train.py --optim mars_adamw --output_dir out", SystemExit, "2"),
         ("python -m hf_mars train.py --optim mars_adamw --optim_args gama=1 --output_dir out", ValueError, "gama"),
         ("python -m hf_mars -m trl.scripts.sft --datset_name ./data --output_dir out", ValueError, "--datset_name"),
         ("torchrun --nprocs 2 -m hf_mars train.py --output_dir out", AssertionError, "no row"),
+        ("python -m hf_mars.sweep --optim a --learning_rates 1 -- python train.py", SweepError, "--learning_rates"),
+        ("python -m hf_mars.sweep --optim mars_b --learning_rate 1 -- python train.py", SystemExit, "2"),
         ("torchrun --nproc_per_node 2 -m hf_mars train.py --optim mars --output_dir out", SystemExit, "2"),
         ("accelerate launch -m hf_mars train.py --optim mars --output_dir out", SystemExit, "2"),
         ("make nothing", subprocess.CalledProcessError, "nothing"),

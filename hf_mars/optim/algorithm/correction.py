@@ -5,6 +5,8 @@ Lists run over tensors that are updated alike.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,3 +73,18 @@ def momentum(exp_avgs: list[Tensor], c: list[Tensor], *, beta1: float, gamma: fl
 def initial_average(grad: Tensor, gamma: float) -> Tensor:
     """e_0 = −γ/(1−γ) g_1, with which m_1 = (1−β1) g_1, as for c_1 = g_1. Needs γ < 1."""
     return grad * (-gamma / (1 - gamma))
+
+
+def relative_update_rms(gamma: float, beta1: float) -> float:
+    """r, the root mean square of MARS-AdamW's update relative to AdamW's where noise dominates the gradient.
+
+    On white noise of variance σ², c_t = (1+κ) g_t − κ g_{t−1} has the second moment ((1+κ)² + κ²) σ², and
+    m_t = (1−β1) [ (1+κ) g_t + (1−γ) Σ_{k≥1} β1^k g_{t−k} ]. AdamW's are σ² and (1−β1)/(1+β1) σ². Hence
+
+        r² = (1−β1²) [ (1+κ)² + (1−γ)² β1²/(1−β1²) ] / ( (1+κ)² + κ² )
+
+    which is 1 for γ = 0, 0.45 for γ = 0.025 and β1 = 0.95.
+    """
+    k = kappa(gamma, beta1)
+    variance_of_momentum = (1 - beta1**2) * (1 + k) ** 2 + (1 - gamma) ** 2 * beta1**2
+    return math.sqrt(variance_of_momentum / ((1 + k) ** 2 + k**2))

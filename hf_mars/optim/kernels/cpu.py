@@ -95,8 +95,8 @@ def _step(batch: Batch, last_norms: LastNorms) -> None:
         beta2,
         group["eps"],
         batch.momentum_gamma,
-        group["lr"],
-        group["weight_decay"],
+        batch.lr,
+        batch.weight_decay,
         group["max_norm"] or 0.0,
         torch.get_num_threads(),
     )

@@ -59,7 +59,7 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
         x, g, g_prev, m, v, t = torch.zeros(6, 4, device=device)
         group = {"update": "adamw", "lr": 0.0, "betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0}
-        group.update(gamma=0.1, max_norm=1.0)
+        group.update(gamma=0.1, max_norm=1.0, adjust_lr_fn="original")
         _launch(
             triton_kernels,
             Batch(group, Form.APPROX, [x], [g], [g_prev], [m], [v], [t[0]], [], [{}], [WHOLE]),
@@ -219,11 +219,11 @@ def _to_device(
     group = batch.group
     names = ("X", "G", "PREV", "M", "V", "STEP", "COMPENSATION")
     beta1, beta2 = group["betas"]
-    lr, n = group["lr"], len(rows["X"])
+    lr, n = batch.lr, len(rows["X"])
     sizes = [param.numel() for param in rows["X"]]
     first_blocks = [0, *itertools.accumulate(-(-size // BLOCK) for size in sizes)]
     stride = n + 2 - n % 2  # even, so that every row is aligned to 16 bytes, and with room for first_blocks
-    decay, max_norm = 1 - lr * group["weight_decay"], group["max_norm"] or 0.0
+    decay, max_norm = 1 - lr * batch.weight_decay, group["max_norm"] or 0.0
     hyperparameters = (batch.kappa, beta1, beta2, group["eps"], batch.momentum_gamma, lr, decay, max_norm)
     data = array("q", array("d", hyperparameters).tobytes())
     for row in (sizes, first_blocks, *([t.data_ptr() for t in rows.get(name, ())] for name in names)):
