@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SOURCES := hf_mars tests benchmarks examples tools docs run_clm.py setup.py
 PACKAGE := setup.py setup.cfg pyproject.toml constraints.txt $(shell find hf_mars -name '*.c')
 # A worker per core; the tests of a file, which share its fixtures, stay together.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast quality style docs pictures matrix clean
 .NOTPARALLEL:

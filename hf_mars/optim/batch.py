@@ -12,10 +12,11 @@ from torch import Tensor
 from .algorithm.correction import relative_update_rms
 from .exact import PreviousPoint
 from .form import Form, kappa_of
+from .groups import Group
 from .last_grad import keep
 from .precision import needs_compensation
 from .sharding import WHOLE, Part, Replicas, elements_per_rank, part_of
-from .state import Group, State, decide_form, make_state, state_keys
+from .state import State, decide_form, make_state, state_keys
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Batch:
     """Parameters of one group that have a gradient, of one dtype on one device.
 
     Every list has one entry per parameter: this process's part of it, a plain tensor that shares its memory. Lists
-    that the update or the form has no use for are empty.
+    that the update has no use for are empty.
     """
 
     group: Group
@@ -37,6 +38,7 @@ class Batch:
     compensations: list[Tensor]
     states: list[State]
     parts: list[Part]  # how the tensors lie in the whole parameters; for the two services of sharding.py alone
+    adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
     replicas: Replicas | None = None  # ranks that hold equal parameters and gradients, where that is known
 
     @property
@@ -45,7 +47,7 @@ class Batch:
 
     @property
     def lr(self) -> Any:
-        """η of the adaptive part: with `adjust_lr_fn="match_rms_adamw"` AdamW gets its update's root mean square."""
+        """η of the update's adaptive part: η/r with `adjust_lr_fn="match_rms_adamw"`, see `relative_update_rms`."""
         return self.group["lr"] / self._relative_update_rms
 
     @property
@@ -56,7 +58,7 @@ class Batch:
     @property
     def _relative_update_rms(self) -> float:
         group = self.group
-        if self.form is not Form.APPROX or group["update"] != "adamw" or group["adjust_lr_fn"] != "match_rms_adamw":
+        if not self.adjusts_lr or self.form is not Form.APPROX or group["adjust_lr_fn"] != "match_rms_adamw":
             return 1.0  # in exact mode both gradients have the same noise, so that c_t has that of g_t
         return relative_update_rms(group["gamma"], group["betas"][0])
 
@@ -101,9 +103,19 @@ def collect(
     state: Mapping[Tensor, State],
     forms: dict[Tensor, Form],
     previous_point: PreviousPoint,
+    *,
+    adjusts_lr: bool,
     replicas: Replicas | None,
 ) -> list[Batch]:
     """Batches of all parameters that have a gradient. Makes the states of those that have none yet.
+
+    Args:
+        groups: the optimizer's param_groups.
+        state: the optimizer's.
+        forms: of each parameter that has a state; brought up to date.
+        previous_point: has the gradients at x_{t−1} of exact groups.
+        adjusts_lr: see `Batch`; of every AdamW update among them.
+        replicas: see `Batch`.
 
     Raises:
         RuntimeError: a gradient is sparse; or an engine has flattened matrices that the update needs whole.
@@ -113,7 +125,8 @@ def collect(
         alike = _alike([param for param in group["params"] if param.grad is not None])
         form = decide_form(group, state, forms) if alike else Form.PLAIN
         for params in alike:
-            batches.append(_batch(group, params, state, forms, form, previous_point, replicas))
+            batch = _batch(group, params, state, forms, form, previous_point)
+            batches.append(replace(batch, adjusts_lr=adjusts_lr and group["update"] == "adamw", replicas=replicas))
     return batches
 
 
@@ -132,7 +145,6 @@ def _batch(
     forms: dict[Tensor, Form],
     form: Form,
     previous_point: PreviousPoint,
-    replicas: Replicas | None,
 ) -> Batch:
     for param in params:
         if param.grad is not None and param.grad.is_sparse:
@@ -141,7 +153,7 @@ def _batch(
     grads = [part.of(param.grad) for part, param in zip(parts, params, strict=True) if param.grad is not None]
     complete = state_keys(params[0].dtype, group, form)
     for param, part, grad in zip(params, parts, grads, strict=True):
-        if forms.get(param) is not form or state[param].keys() != complete:
+        if forms.get(param) is not form or state[param].keys() - {"last_param"} != complete:
             make_state(param, part, grad, state[param], group, form)
             forms[param] = form
     states = [state[param] for param in params]
@@ -167,5 +179,4 @@ def _batch(
         compensations=kept("compensation") if needs_compensation(params[0].dtype, group) else [],
         states=states,
         parts=parts,
-        replicas=replicas,
     )

@@ -94,7 +94,7 @@ def _update(
         )
     elif group["update"] == "lion":
         lion(params, c, exp_avgs, lr=lr, beta1=beta1, weight_decay=weight_decay, gamma=gamma)
-    else:
+    elif group["update"] == "shampoo":
         shapes = [part.whole_shape(param) for part, param in zip(batch.parts, params, strict=True)]
         shampoo(
             params,
@@ -109,6 +109,8 @@ def _update(
             update_scales=[update_scale(shape, group["layout"], group["adjust_lr_fn"]) for shape in shapes],
             on_wholes=functools.partial(on_whole_matrices, parts=batch.parts, replicas=batch.replicas),
         )
+    else:
+        raise ValueError(f"update must be adamw, lion or shampoo, got {group['update']!r}")
 
 
 # ---- norms ----

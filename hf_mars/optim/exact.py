@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .form import kappa_of
+from .groups import Group
 from .sharding import Part, drop_gathered
-
-Group = dict[str, Any]
 
 
 class PreviousPoint:
@@ -37,11 +36,6 @@ class PreviousPoint:
     def is_entered(self) -> bool:
         """Whether the parameters are at x_{t−1}."""
         return self._is_entered
-
-    @property
-    def is_evaluated(self) -> bool:
-        """Whether there are gradients made at x_{t−1}."""
-        return self._is_evaluated
 
     @property
     def grads(self) -> Mapping[Tensor, Tensor]:

@@ -39,13 +39,16 @@ def by_execution(batches: list[Batch]) -> list[tuple[Execution, list[Batch]]]:
     """Batches beside the execution that takes them, each execution once."""
     chosen: dict[str, tuple[Execution, list[Batch]]] = {}
     for batch in batches:
-        execution, _ = choose(batch)
+        execution, why_not = choose(batch)
+        if why_not is not None and not torch.compiler.is_compiling():
+            device = batch.params[0].device.type
+            _log_once(f"{batch.group['update']} steps on {device} are composed of torch's kernels: {why_not}")
         chosen.setdefault(execution.__name__, (execution, []))[1].append(batch)
     return list(chosen.values())
 
 
 def choose(batch: Batch) -> tuple[Execution, str | None]:
-    """The execution for a batch; and, where that is the composition, why no kernel takes it, which is logged once."""
+    """The execution for a batch; and, where that is the composition, the reason that no kernel takes it."""
     if torch.compiler.is_compiling():
         return composed, "the compiler fuses torch's kernels by itself"
     device = batch.params[0].device
@@ -55,7 +58,6 @@ def choose(batch: Batch) -> tuple[Execution, str | None]:
             why_not = kernels.why_not(batch)
             if why_not is None:
                 return kernels, None
-    _log_once(f"{batch.group['update']} steps on {device.type} are composed of torch's kernels: {why_not}")
     return composed, why_not
 
 

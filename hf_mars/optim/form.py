@@ -10,7 +10,7 @@ from .algorithm.correction import kappa
 
 
 class Form(Enum):
-    """Decided once, when a parameter's state is made; `state.py` keeps it.
+    """Decided when a parameter's state is made, and again only where its group's settings ask for another one.
 
     A form is about the correction alone. Which update follows, who executes it and where the parameter lies do not
     depend on it.
@@ -24,10 +24,6 @@ class Form(Enum):
     """The same where m_t is linear in the gradients, as one moving average of plain gradients. Keeps nothing else."""
     EXACT = "exact"
     """c_t = g_t + κ (g_t − ∇f(x_{t−1}, ξ_t)). Keeps "last_param", x_{t−1}."""
-
-    @property
-    def keeps_last_grad(self) -> bool:
-        return self is Form.APPROX
 
 
 def kappa_of(group: Mapping[str, Any]) -> float:

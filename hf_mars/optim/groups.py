@@ -7,9 +7,11 @@ behind the optimizer's back; the answer travels in the param_group instead ("kin
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+Group = dict[str, Any]  # a param_group
 
 KINDS = ("matrix", "embedding", "1d")
 LAYOUTS = ("out_in", "in_out", "conv")

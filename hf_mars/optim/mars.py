@@ -35,6 +35,7 @@ class Mars(Optimizer):
     """
 
     matrix_update: str
+    adjusts_lr = False  # whether `adjust_lr_fn` is about the AdamW updates
     process_group: Replicas | None = None
 
     def __init__(
@@ -69,8 +70,6 @@ class Mars(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("adjust_lr_fn", "original")  # checkpoints of 0.1.0
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -100,7 +99,14 @@ class Mars(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._previous_point.check(self.param_groups, self.state)
-        batches = collect(self.param_groups, self.state, self._forms, self._previous_point, self.process_group)
+        batches = collect(
+            self.param_groups,
+            self.state,
+            self._forms,
+            self._previous_point,
+            adjusts_lr=self.adjusts_lr,
+            replicas=self.process_group,
+        )
         self._previous_point.keep(self.param_groups, self.state)
         for execution, some in by_execution(batches):
             execution.step(some, self._last_norms)

@@ -14,22 +14,22 @@ from torch import Tensor
 
 from .algorithm.correction import initial_average
 from .form import Form, form_of_a_loaded_state, form_of_settings
-from .groups import check_not_flattened
+from .groups import Group, check_not_flattened
 from .hyperparameters import dtype_of
 from .last_grad import keep
 from .precision import AVERAGES, needs_compensation
 from .sharding import Part
 
-Group = dict[str, Any]
 State = dict[str, Any]
 
 
 def state_keys(dtype: torch.dtype, group: Group, form: Form) -> set[str]:
-    """The keys that `make_state` leaves in the state of a parameter of `dtype`. "last_param" comes with the step."""
+    """The keys that `make_state` leaves in the state of a parameter of `dtype`; in exact mode, the step adds
+    "last_param"."""
     keys = {"exp_avg"}
     if group["update"] == "adamw":
         keys |= {"step", "exp_avg_sq"}
-    if form.keeps_last_grad:
+    if form is Form.APPROX:
         keys.add("last_grad")
     if needs_compensation(dtype, group):
         keys.add("compensation")
@@ -53,7 +53,9 @@ def decide_form(group: Group, state: Mapping[Tensor, State], forms: dict[Tensor,
         forms: of each parameter that has a state. What a checkpoint or an engine brought is added to it.
     """
     for param in group["params"]:
-        if param not in forms and param in state:
+        if not state.get(param):  # never had a state, or lost it (momentum is reset by clearing it)
+            forms.pop(param, None)
+        elif param not in forms:
             loaded = form_of_a_loaded_state(state[param])
             if loaded is not None:
                 forms[param] = loaded
@@ -93,7 +95,7 @@ def make_state(param: Tensor, part: Part, grad: Tensor, state: State, group: Gro
     # A tensor that this form does not keep up to date must not be there when the settings change back.
     if form is not Form.EXACT:
         state.pop("last_param", None)
-    if not form.keeps_last_grad:
+    if form is not Form.APPROX:
         state.pop("last_grad", None)
     elif "last_grad" not in state:
         # The paper's x_1 = x_0: no difference yet, so c_1 = g_1.

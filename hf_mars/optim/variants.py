@@ -37,7 +37,7 @@ class MarsAdamW(Mars):
         exact: subtract the gradient of the same mini-batch at x_{t−1} instead of g_{t−1}; see `previous_point`.
         lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs).
         betas_1d: betas of 1d parameters.
-        optimize_1d: give 1d parameters MARS, with `lr` and `betas`, too.
+        optimize_1d: give 1d parameters MARS, with `lr` and `betas`, too (MarsShampoo: MARS-AdamW at `lr_1d`).
         adjust_lr_fn: "original" is the paper's update; "match_rms_adamw" divides its adaptive part (not the weight
             decay) by r(β1, γ), which gives it the root mean square of AdamW's where noise dominates the gradient, so
             that AdamW's learning rate carries over. r is 1 for γ = 0 and in exact mode.
@@ -59,6 +59,7 @@ class MarsAdamW(Mars):
     """
 
     matrix_update = "adamw"
+    adjusts_lr = True
 
     def __init__(
         self,
@@ -83,6 +84,11 @@ class MarsAdamW(Mars):
     ):
         self._set_up(params, settings_among(locals()))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("adjust_lr_fn", "original")  # checkpoints of 0.1.0 have none
+
 
 class MarsLion(Mars):
     """MARS-Lion (arXiv:2411.10438, Algorithm 3): the sign of a variance-reduced momentum.
@@ -90,7 +96,9 @@ class MarsLion(Mars):
         m_t = β1 m_{t−1} + (1−β1) c̃_t
         x   ← x − η ( sign(m_t) + λ x )
 
-    with c̃_t as in `MarsAdamW`, whose settings it shares; β2 and ε are used by 1d parameters alone, which get AdamW.
+    with c̃_t as in `MarsAdamW`, whose settings it shares. There is one average, not the two of Lion: the correction
+    stands for the other (docs/algorithm.md, "What it equals"). `betas[1]` is not used; `eps` is for 1d parameters,
+    which get AdamW.
 
     State of a parameter: "exp_avg" (m_t) and "last_grad" (g_{t−1}). With max_norm=None in the approximate form one
     tensor is enough: then there is no "last_grad", and "exp_avg" is the moving average of the plain gradients.
@@ -115,7 +123,8 @@ class MarsShampoo(Mars):
         adjust_lr_fn: the scale s: "original" is √max(1, fan_out/fan_in); "match_rms_adamw" is 0.2·√max(rows, columns),
             which gives the update AdamW's root mean square, so that one learning rate serves everything (lr_1d is lr).
         orthogonalize_embeddings: orthogonalise embeddings and heads too, as the authors' code does.
-        roles: from `hf_mars.optim.parameter_roles(model)`: the role of each parameter, where shapes cannot tell.
+        roles: from `hf_mars.optim.parameter_roles(model)`: the role of each parameter, where shapes cannot tell. Used
+            by the constructor alone: groups that are added later bring their own "kind" and "layout".
         process_group: ranks that hold the same parameters and gradients (data parallelism) and share out the matrices
             among themselves; None: each rank orthogonalises all. Sharded parameters know their ranks themselves.
 

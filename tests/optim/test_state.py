@@ -141,3 +141,29 @@ def test_state_of_another_variant_is_refused(saved, loading, options):
     run_steps(optimizer, params, make_gradients(params, 2))
     with pytest.raises(ValueError, match=UPDATE[saved]):
         loading(params, **options).load_state_dict(optimizer.state_dict())
+
+
+@EVERY_METHOD
+def test_gamma_may_be_set_for_all_groups_of_a_running_optimizer(method):
+    """As a schedule of γ does it: 1d parameters, plain AdamW until then, are corrected from then on."""
+    params = make_params(FEW_SHAPES)
+    optimizer = make(method, params)
+    gradients = make_gradients(params, 4)
+    run_steps(optimizer, params, gradients[:2])
+    for group in optimizer.param_groups:
+        group["gamma"] = 0.05
+    run_steps(optimizer, params, gradients[2:])
+    assert all("last_grad" in state for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("method", ["mars_lion", "mars_shampoo"])
+def test_a_cleared_state_begins_anew(method):
+    """Momentum that is reset by clearing the state: with the settings of now, not the form of before."""
+    (param,) = params = make_params([(6, 4)])
+    optimizer = make(method, params, max_norm=1.0)
+    gradients = make_gradients(params, 2)
+    run_steps(optimizer, params, gradients[:1])
+    optimizer.state.clear()
+    optimizer.param_groups[0]["max_norm"] = None
+    run_steps(optimizer, params, gradients[1:])
+    assert optimizer.state[param].keys() == ONE_BUFFER

@@ -83,7 +83,7 @@ def relative_update_rms(gamma: float, beta1: float) -> float:
 
         r² = (1−β1²) [ (1+κ)² + (1−γ)² β1²/(1−β1²) ] / ( (1+κ)² + κ² )
 
-    which is 1 for γ = 0, 0.45 for γ = 0.025 and β1 = 0.95.
+    so that r is 1 for γ = 0, and 0.67 for γ = 0.025 and β1 = 0.95.
     """
     k = kappa(gamma, beta1)
     variance_of_momentum = (1 - beta1**2) * (1 + k) ** 2 + (1 - gamma) ** 2 * beta1**2

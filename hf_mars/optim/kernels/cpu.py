@@ -51,7 +51,7 @@ def why_not(batch: Batch) -> str | None:
     if group["foreach"] is not None or not group["fused"]:
         return f"foreach={group['foreach']}, fused={group['fused']}"
     if group["update"] == "adamw" and batch.previous_grads is None and group["max_norm"] is None:
-        return "torch has a fused kernel for plain AdamW"
+        return "plain AdamW has a fused one there"
     if _cpu is None:
         return "the compiled step is missing (no C compiler at installation, or torch's threads are not OpenMP's)"
     if not batch.is_whole:

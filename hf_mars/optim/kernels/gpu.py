@@ -92,7 +92,7 @@ def why_not(batch: Batch) -> str | None:
         return "lr is a tensor"
     is_plain_adamw = group["update"] == "adamw" and batch.previous_grads is None and group["max_norm"] is None
     if is_plain_adamw and not needs_wide_copies(params[0].dtype, group):
-        return "torch has a fused kernel for plain AdamW"
+        return "plain AdamW has a fused one there"
     if not batch.is_whole:
         return "parameters are sharded"
     if is_captured(params[0]):  # replayed, a graph would find other values where its table of addresses was
