@@ -16,7 +16,7 @@ from hf_mars.clm.errors import UsageError
 def test_lora_trains_and_saves_adapters_only(trained, tmp_path):
     output_dir, _ = trained
     arguments = [
-        *("--model_name_or_path", output_dir, "--output_dir", tmp_path, "--max_steps", 10, "--learning_rate", 1e-2),
+        *("--model_name_or_path", output_dir, "--output_dir", tmp_path, "--max_steps", 10, "--learning_rate", 1e-1),
         *("--lora_r", 4, "--lora_alpha", 8, "--lora_target_modules", "c_attn,c_fc", "--eval_on_start"),
         *("--max_eval_samples", 21, "--save_steps", 5),
     ]

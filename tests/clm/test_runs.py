@@ -49,7 +49,8 @@ def test_a_new_model_fits_its_tokenizer(trained):
     model = AutoModelForCausalLM.from_pretrained(trained[0])
     tokenizer = AutoTokenizer.from_pretrained(trained[0])
     assert model.config.vocab_size == len(tokenizer) == 300
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    assert model.generation_config.eos_token_id in (0, [0])  # older versions of transformers make a list of it
 
 
 def test_fine_tuning_starts_from_the_saved_model(trained, tmp_path, capsys):
