@@ -15,10 +15,12 @@ from hf_mars.clm.errors import UsageError
 
 def test_lora_trains_and_saves_adapters_only(trained, tmp_path):
     output_dir, _ = trained
+    text, tmp_path = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("It is a truth universally acknowledged.\n" * 200)
     arguments = [
-        *("--model_name_or_path", output_dir, "--output_dir", tmp_path, "--max_steps", 10, "--learning_rate", 1e-1),
+        *("--model_name_or_path", output_dir, "--output_dir", tmp_path, "--max_steps", 10, "--learning_rate", 1e-2),
         *("--lora_r", 4, "--lora_alpha", 8, "--lora_target_modules", "c_attn,c_fc", "--eval_on_start"),
-        *("--max_eval_samples", 21, "--save_steps", 5),
+        *("--train_file", text, "--validation_file", text, "--max_eval_samples", 21, "--save_steps", 5),
     ]
     metrics = run_main(*arguments)
     evaluations = [entry["eval_loss"] for entry in log_history(tmp_path) if "eval_loss" in entry]

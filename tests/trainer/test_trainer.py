@@ -100,6 +100,12 @@ class OnTwoCpus(torch.nn.Module):
         return {key: torch.stack([output[key] for output in outputs]) for key in ("loss",)}
 
 
+def weights_with_gradients(trainer):
+    """All but the keys' biases, which softmax does not see: their gradients are rounding errors."""
+    named = zip([name for name, _ in trainer.model.named_parameters()], weights(trainer), strict=True)
+    return [torch.cat(w.chunk(3)[::2]) if name.endswith("c_attn.bias") else w for name, w in named]
+
+
 @pytest.mark.parametrize("optim", NAMES)
 def test_several_gpus_in_one_process(tmp_path, optim, monkeypatch):
     """What the Trainer does on a machine with two GPUs where no launcher was used, but for the GPUs."""
@@ -112,4 +118,4 @@ def test_several_gpus_in_one_process(tmp_path, optim, monkeypatch):
     several = train(tmp_path, Trainer, model=tiny_gpt2(**NO_DROPOUT), **settings)
     assert type(several.model_wrapped) is OnTwoCpus and several.args.train_batch_size == 4
     assert losses(several) == pytest.approx(losses(alone), rel=1e-5)
-    assert_close(weights(several), weights(alone), 1e-4)
+    assert_close(*(weights_with_gradients(trainer) for trainer in (several, alone)), 1e-4)
