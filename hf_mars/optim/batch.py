@@ -38,6 +38,7 @@ class Batch:
     compensations: list[Tensor]
     states: list[State]
     parts: list[Part]  # how the tensors lie in the whole parameters; for the two services of sharding.py alone
+    is_whole: bool = True  # this process holds all of every parameter
     adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
     replicas: Replicas | None = None  # ranks that hold equal parameters and gradients, where that is known
 
@@ -66,11 +67,6 @@ class Batch:
     def momentum_gamma(self) -> float:
         """γ of correction.momentum: in the one-tensor form the momentum of plain gradients does the correction."""
         return float(self.group["gamma"]) if self.form is Form.ONE_TENSOR else 0.0
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether this process holds all of every parameter."""
-        return all(part is WHOLE for part in self.parts)
 
     def keep_last_grads(self, finite: list[bool] | None) -> list[Tensor]:
         """g_t in the place of g_{t−1}; see `last_grad.keep`. Returns g_t as it is kept."""
@@ -150,15 +146,18 @@ def _batch(
         if param.grad is not None and param.grad.is_sparse:
             raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
     parts = [part_of(param) for param in params]
+    is_whole = all(part is WHOLE for part in parts)
+    states = [state[param] for param in params]
     grads = [part.of(param.grad) for part, param in zip(parts, params, strict=True) if param.grad is not None]
     complete = state_keys(params[0].dtype, group, form)
-    for param, part, grad in zip(params, parts, grads, strict=True):
-        if forms.get(param) is not form or state[param].keys() - {"last_param"} != complete:
-            make_state(param, part, grad, state[param], group, form)
+    for param, part, grad, own in zip(params, parts, grads, states, strict=True):
+        if own.keys() != complete or forms.get(param) is not form:
+            make_state(param, part, grad, own, group, form)
             forms[param] = form
-    states = [state[param] for param in params]
 
     def kept(key: str) -> list[Tensor]:
+        if is_whole:  # hundreds of small tensors take as long as their step
+            return [own[key] for own in states]
         return [part.of(own[key]) for part, own in zip(parts, states, strict=True)]
 
     previous_grads = None
@@ -170,7 +169,7 @@ def _batch(
     return Batch(
         group,
         form,
-        params=[part.of(param) for part, param in zip(parts, params, strict=True)],
+        params=params if is_whole else [part.of(param) for part, param in zip(parts, params, strict=True)],
         grads=grads,
         previous_grads=previous_grads,
         exp_avgs=kept("exp_avg"),
@@ -179,4 +178,5 @@ def _batch(
         compensations=kept("compensation") if needs_compensation(params[0].dtype, group) else [],
         states=states,
         parts=parts,
+        is_whole=is_whole,
     )

@@ -24,13 +24,14 @@ State = dict[str, Any]
 
 
 def state_keys(dtype: torch.dtype, group: Group, form: Form) -> set[str]:
-    """The keys that `make_state` leaves in the state of a parameter of `dtype`; in exact mode, the step adds
-    "last_param"."""
+    """The keys in the state of a parameter of `dtype`, after its first step."""
     keys = {"exp_avg"}
     if group["update"] == "adamw":
         keys |= {"step", "exp_avg_sq"}
     if form is Form.APPROX:
         keys.add("last_grad")
+    if form is Form.EXACT:
+        keys.add("last_param")  # which comes with the first step, not with the state
     if needs_compensation(dtype, group):
         keys.add("compensation")
     return keys
@@ -42,26 +43,23 @@ def state_dtype(key: str, param: Tensor, group: Group) -> torch.dtype:
     return (setting and dtype_of(group[setting])) or param.dtype
 
 
-def decide_form(group: Group, state: Mapping[Tensor, State], forms: dict[Tensor, Form]) -> Form:
-    """The form of a group's states: what its settings ask for, and what its states began with.
+def decide_form(group: Group, state: Mapping[Tensor, State], forms: Mapping[Tensor, Form]) -> Form:
+    """The form of a group's states: the one that its settings ask for.
 
-    A group that began with g_{t−1} goes on with it where one tensor would do by now (max_norm was set to None later).
+    But a group that began with g_{t−1} goes on with it where one tensor would do by now (max_norm was set to None
+    later).
 
     Args:
         group: a param_group.
         state: the optimizer's.
-        forms: of each parameter that has a state. What a checkpoint or an engine brought is added to it.
+        forms: of each parameter whose state was made here; that of others, a checkpoint's, is recognised.
     """
-    for param in group["params"]:
-        if not state.get(param):  # never had a state, or lost it (momentum is reset by clearing it)
-            forms.pop(param, None)
-        elif param not in forms:
-            loaded = form_of_a_loaded_state(state[param])
-            if loaded is not None:
-                forms[param] = loaded
     form = form_of_settings(group)
-    if form is Form.ONE_TENSOR and any(forms.get(param) is Form.APPROX for param in group["params"]):
-        return Form.APPROX
+    if form is Form.ONE_TENSOR:
+        for param in group["params"]:
+            own = state.get(param)
+            if own and (forms.get(param) or form_of_a_loaded_state(own)) is Form.APPROX:
+                return Form.APPROX
     return form
 
 
