@@ -41,7 +41,7 @@ def adapters(trained, tmp_path_factory):
     """(output folder, metrics) of a run with --lora_r."""
     output_dir = tmp_path_factory.mktemp("adapters")
     arguments = ("--model_name_or_path", trained[0], "--output_dir", output_dir, "--max_steps", 5)
-    metrics = run_main(*arguments, "--learning_rate", 1e-1, "--lora_r", 4, "--max_eval_samples", 21)
+    metrics = run_main(*arguments, "--learning_rate", 3e-1, "--lora_r", 4, "--max_eval_samples", 21)
     return output_dir, metrics
 
 
