@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from .errors import UsageError
@@ -56,3 +59,18 @@ def main_processes_first(training_args: TrainingArguments, desc: str) -> Iterato
     """
     with training_args.main_process_first(local=False, desc=desc), training_args.main_process_first(desc=desc):
         yield
+
+
+GLOO_REST = 0.5  # seconds
+
+
+def leave_together() -> None:
+    """Wait for all processes, at the end of a run; under gloo, a little longer.
+
+    A process that ends right after a collective of gloo's is now and then aborted ("terminate called without an active
+    exception"), although its run is complete: seen without hf_mars too, mostly on busy machines. By all signs a thread
+    of gloo's still holds the last collective then, while the interpreter shuts down.
+    """
+    PartialState().wait_for_everyone()
+    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "gloo":
+        time.sleep(GLOO_REST)

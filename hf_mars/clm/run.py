@@ -23,7 +23,7 @@ from .log import logger
 from .metrics import ComputeLanguageModelMetrics, losses_and_tokens
 from .model import choose_block_size, fit_vocabulary, load_config, load_model
 from .output_folder import checkpoint_to_resume, files_of_previous_run
-from .processes import all_or_none, check_same
+from .processes import all_or_none, check_same, leave_together
 from .report import generate_sample, summarize
 from .splits import load_blocks, load_splits
 from .texts import Texts
@@ -111,8 +111,6 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
     if training_args.push_to_hub:
         trainer.push_to_hub(tasks="text-generation", dataset=data_args.dataset_name)
 
-    # gloo aborts now and then where a process ends right after it has reduced tensors.
-    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         print(f"{summarize(trainer)}; see {training_args.output_dir}")
         if run_args.sample_prompt is not None and tokenizer is not None:
@@ -120,6 +118,7 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
                 logger.warning("--sample_prompt: no sample, since no process holds the whole model")
             else:
                 print(generate_sample(trainer, tokenizer, run_args.sample_prompt))
+    leave_together()
     return results
 
 

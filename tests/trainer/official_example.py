@@ -1,6 +1,8 @@
 """Text classification with the Trainer, written after the Transformers documentation ("Fine-tuning", "Trainer"), on
 made-up sentences and a model from scratch. An unmodified script: it imports nothing of hf_mars."""
 
+import time
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -60,7 +62,8 @@ def main():
     if trainer.is_world_process_zero():
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         print(f"{type(optimizer).__name__} on {training_args.world_size} processes")
-    trainer.accelerator.wait_for_everyone()  # gloo may abort a process whose peers have left
+    trainer.accelerator.wait_for_everyone()  # gloo may abort a process whose peers have left,
+    time.sleep(0.5)  # or one that leaves while gloo's threads are at work
 
 
 if __name__ == "__main__":
