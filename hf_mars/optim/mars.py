@@ -219,9 +219,8 @@ class Mars(Optimizer):
 
     def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The hyperparameters in which a group of `kind` differs from what the user set."""
-        lr_1d = settings["lr"] / 2 if settings["lr_1d"] is None else settings["lr_1d"]
         if kind == "1d" and not settings["optimize_1d"]:
-            return {"update": "adamw", "lr": lr_1d, **plain_adamw(settings)}
+            return {"update": "adamw", "lr": lr_1d(settings), **plain_adamw(settings)}
         return {"update": self.matrix_update}
 
     # ---- state dict ----
@@ -242,6 +241,13 @@ def settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
     """A constructor's arguments that are settings of param_groups."""
     others = ("self", "params", "roles", "process_group", "__class__")
     return {name: value for name, value in arguments.items() if name not in others}
+
+
+def lr_1d(settings: dict[str, Any]) -> float:
+    """The learning rate of what gets no matrix update. An `lr` that is AdamW's own serves it as it is."""
+    if settings["lr_1d"] is not None:
+        return settings["lr_1d"]
+    return settings["lr"] if settings.get("adjust_lr_fn") == "match_rms_adamw" else settings["lr"] / 2
 
 
 def plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:

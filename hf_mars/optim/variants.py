@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .groups import ParameterRole
-from .mars import Mars, plain_adamw, settings_among
+from .mars import Mars, lr_1d, plain_adamw, settings_among
 from .sharding import Replicas
 
 
@@ -35,7 +35,8 @@ class MarsAdamW(Mars):
         gamma: γ in [0, 1], the strength of the correction; 0 is AdamW, 1 with `exact` is STORM's momentum.
         max_norm: largest ‖c̃_t‖₂ of one parameter tensor, above 0; None turns the clip off.
         exact: subtract the gradient of the same mini-batch at x_{t−1} instead of g_{t−1}; see `previous_point`.
-        lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs).
+        lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs), and all of lr with
+            `adjust_lr_fn="match_rms_adamw"`, where lr is AdamW's.
         betas_1d: betas of 1d parameters.
         optimize_1d: give 1d parameters MARS, with `lr` and `betas`, too (MarsShampoo: MARS-AdamW at `lr_1d`).
         adjust_lr_fn: "original" is the paper's update; "match_rms_adamw" divides its adaptive part (not the weight
@@ -165,8 +166,5 @@ class MarsShampoo(Mars):
         if kind == "matrix" or (kind == "embedding" and settings["orthogonalize_embeddings"]):
             return {"update": "shampoo"}
         mars_m = settings["adjust_lr_fn"] == "match_rms_adamw"
-        lr_1d = settings["lr_1d"]
-        if lr_1d is None:
-            lr_1d = settings["lr"] if mars_m else settings["lr"] / 2
         plain = not settings["optimize_1d"] if kind == "1d" else mars_m
-        return {"update": "adamw", "lr": lr_1d, **(plain_adamw(settings) if plain else {})}
+        return {"update": "adamw", "lr": lr_1d(settings), **(plain_adamw(settings) if plain else {})}

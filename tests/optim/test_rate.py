@@ -42,7 +42,7 @@ def test_the_factor_is_on_the_adaptive_part_alone(composed):
     r = relative_update_rms(gamma, betas[0])
     expected = [
         AdamW(matrix, eta=lr / r, lam=decay * r, betas=betas, gamma=gamma),
-        AdamW(vector, eta=lr / 2, lam=decay, betas=(0.9, 0.95), gamma=0.0, max_norm=None),
+        AdamW(vector, eta=lr, lam=decay, betas=(0.9, 0.95), gamma=0.0, max_norm=None),
     ]
     optimizer = MarsAdamW(
         params, lr=lr, betas=betas, weight_decay=decay, gamma=gamma, adjust_lr_fn="match_rms_adamw", **composed
