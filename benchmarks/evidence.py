@@ -4,8 +4,8 @@
     python benchmarks/evidence.py pretrain --output_dir out/prose --keep benchmarks/results/pretrain_prose.json
     python benchmarks/evidence.py finetune --model out/model --text prose.txt --output_dir out/tuned
 
-Each task is a plan of `python -m hf_mars.sweep` in benchmarks/plans/ and the arguments of run_clm.py below. Called again, it
-goes on where it stopped. Without --text a task trains on the packaged novel, which is too short to be seen only once.
+Each task is a plan of `python -m hf_mars.sweep` in benchmarks/plans/ and the arguments of run_clm.py below. Called
+again, it goes on where it stopped. Without --text a task trains on the packaged novel, several times over.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ RUN_CLM = ROOT / "run_clm.py"
 
 # Of every task. On CPUs with bfloat16 units autocast saves a third of the time, and so does attention without a mask
 # kernel at 128 tokens.
-COMMON = """--bf16 --attn_implementation eager --per_device_train_batch_size 16 --eval_strategy steps --max_eval_samples 400
-    --save_strategy no --logging_steps 10 --report_to none --disable_tqdm true""".split()
+COMMON = """--use_cpu --bf16 --attn_implementation eager --per_device_train_batch_size 16 --eval_strategy steps
+    --max_eval_samples 400 --save_strategy no --logging_steps 10 --report_to none --disable_tqdm true""".split()
 NO_DROPOUT = ["--config_overrides", "resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"]
 SCRATCH = [*NO_DROPOUT, "--lr_scheduler_type", "cosine"]
 # About 10M parameters with the tokenizer of 2,048 tokens.
@@ -44,8 +44,10 @@ TASKS: dict[str, list[str]] = {
         *[*SCRATCH, "--max_steps", "250", "--warmup_steps", "25", "--eval_steps", "50"],
         *["--gradient_accumulation_steps", "16"],
     ],
-    "size": [*TEN_MILLION, "--lr_scheduler_type", "cosine"]
-    + ["--max_steps", "2000", "--warmup_steps", "200", "--eval_steps", "250"],
+    "size": [
+        *[*TEN_MILLION, "--lr_scheduler_type", "cosine"],
+        *["--max_steps", "2000", "--warmup_steps", "200", "--eval_steps", "250"],
+    ],
     "finetune": TUNED,
     "lora": [*TUNED, "--lora_r", "16"],
 }
