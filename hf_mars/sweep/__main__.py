@@ -18,7 +18,7 @@ from .plan import Plan
 from .plan_file import make_plan, read_plan_file
 from .report import report
 from .runner import Runner, remove_abandoned
-from .store import Store
+from .store import RESULTS, Store, read_results
 
 DESCRIPTION = """Compare optimizers for a training script: every optimizer gets the same number of settings, the same
 seeds and full schedules. The command after -- is run with --optim, --learning_rate, --seed and --output_dir
@@ -123,7 +123,7 @@ def _run(arguments: argparse.Namespace, command: list[str], folder: Path, began:
         raise SweepError(f"cannot make the output_dir {folder}: {error.strerror}") from None
     lock = _lock(folder)
     stored = Plan.load(folder)
-    if stored is not None:
+    if stored is not None and (folder / RESULTS).is_file() and read_results(folder):  # else no run of it ever ended
         plan = plan.added_to(stored)
         plan.check()
     plan.save(folder)

@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from sweep_helpers import GRID, sweep
+from sweep_helpers import GRID, QUICK, sweep
 
 from hf_mars.sweep.command import given_twice, through_hf_mars
 from hf_mars.sweep.errors import SweepError
@@ -71,3 +71,8 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, message):
 def test_a_program_that_is_not_there(tmp_path):
     done = sweep(tmp_path / "out", *GRID, script=("/no/python", "train.py"), code=2)
     assert done.stderr.splitlines()[-1].endswith("cannot start '/no/python': No such file or directory")
+
+
+def test_a_command_that_was_refused_leaves_the_folder_free(tmp_path):
+    sweep(tmp_path / "out", *GRID, *QUICK, "--", "--unknown", "1", code=2)
+    sweep(tmp_path / "out", *GRID, *QUICK, "--seeds", "1")
