@@ -34,6 +34,9 @@ TEN_MILLION = [
 ]
 TUNED = ["--lr_scheduler_type", "linear", "--max_steps", "200", "--warmup_steps", "6", "--eval_steps", "50"]
 
+SHORT = ["--block_size", "128", "--per_device_train_batch_size", "2", "--max_steps", "48", "--warmup_steps", "2"]
+SHORT += ["--eval_steps", "48", "--max_eval_samples", "64"]
+
 # task -> what run_clm.py is told besides COMMON; batches are of 16 × 128 tokens if nothing else is said
 TASKS: dict[str, list[str]] = {
     "pretrain": [*SCRATCH, "--max_steps", "400", "--warmup_steps", "40", "--eval_steps", "100"],
@@ -50,8 +53,11 @@ TASKS: dict[str, list[str]] = {
     ],
     "finetune": TUNED,
     "lora": [*TUNED, "--lora_r", "16"],
+    # A real model, on CPUs: a few minutes a run.
+    "finetune_real": [*SHORT, "--lr_scheduler_type", "linear"],
+    "lora_real": [*SHORT, "--lr_scheduler_type", "linear", "--lora_r", "16"],
 }
-WITH_A_MODEL = ("finetune", "lora")
+WITH_A_MODEL = ("finetune", "lora", "finetune_real", "lora_real")
 
 
 def tokenizer_of(text: list[str], folder: Path) -> Path:
