@@ -79,7 +79,8 @@ def sweep(arguments: argparse.Namespace) -> list[str]:
     plan = PLANS / f"{arguments.plan or arguments.task}.yaml"
     return [
         *[sys.executable, "-m", "hf_mars.sweep", "--plan", str(plan), "--output_dir", str(folder)],
-        *["--jobs", str(arguments.jobs), "--max_extensions", str(arguments.max_extensions), "--"],
+        *["--jobs", str(arguments.jobs), "--max_extensions", str(arguments.max_extensions)],
+        *["--timing_steps", str(arguments.timing_steps), "--"],
         *["python", str(RUN_CLM), *text, *model, *COMMON, *TASKS[arguments.task]],
     ]
 
@@ -105,6 +106,9 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="the sweep's folder")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--max_extensions", type=int, default=1, help="how often the grids may grow")
+    parser.add_argument(
+        "--timing_steps", type=int, default=30, help="steps that time each best setting, alone; 0: none"
+    )
     parser.add_argument("--keep", type=Path, help="train nothing: write the sweep's results to this file")
     arguments = parser.parse_args()
     if arguments.keep:

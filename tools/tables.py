@@ -58,10 +58,8 @@ def summary(name: str) -> str:
         if s.difference is not None:
             seconds = "—" if s.part_of_steps is not None and s.part_of_seconds is None else percent(s.part_of_seconds)
             others = [plus_minus(s.difference), percent(s.part_of_steps), seconds]
-        lines.append(
-            [s.label, f"{s.best.learning_rate:g}{at_edge}", str(len(s.losses)), f"{mean(s.losses):.3f}"]
-            + [*others, state(s)]
-        )
+        rate, loss = f"{s.best.learning_rate:g}{at_edge}", f"{mean(s.losses):.3f}"
+        lines.append([s.label, rate, str(len(s.losses)), loss, *others, state(s)])
     return markdown(head, lines)
 
 
