@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--max_extensions", type=int, default=1, help="how often the grids may grow")
     parser.add_argument(
-        "--timing_steps", type=int, default=30, help="steps that time each best setting, alone; 0: none"
+        "--timing_steps", type=int, default=30, help="steps that time each best setting; 0: none"
     )
     parser.add_argument("--keep", type=Path, help="train nothing: write the sweep's results to this file")
     arguments = parser.parse_args()
