@@ -6,12 +6,12 @@ A page has `<!-- table: KIND NAME… -->`, the table, and `<!-- end -->`; NAME i
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from hf_mars.sweep.compare import losses_by_setting, paired
-from hf_mars.sweep.plan import Setting
 from hf_mars.sweep.summary import Comparison, Summary, compare, mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,13 +98,79 @@ def at_the_baselines_rate(name: str, label: str) -> Any:
     return paired(own[0], losses[base.label][base.best]) if own else None
 
 
-def best_of(name: str, label: str) -> tuple[Setting | None, Summary]:
-    _, comparison = read(name)
-    found = next(s for s in comparison.summaries if s.label == label)
-    return found.best, found
+# The rows of the overview: results, task.
+TASKS = {
+    "pretrain_prose": "from scratch, prose",
+    "pretrain_docs": "from scratch, documentation",
+    "finetune": "full fine-tuning, the small model",
+    "finetune_real": "full fine-tuning, SmolLM2-135M",
+    "lora": "LoRA, the small model",
+    "lora_real": "LoRA, SmolLM2-135M",
+}
+ADAMW, MARS_M = "mars_adamw, rate matched", "mars_m (0.9, 0.99) γ 0.05"
 
 
-KINDS = {"summary": summary, "rates": rates}
+def overview() -> str:
+    """Of every task the differences from tuned AdamW: at AdamW's own best learning rate, and at the best of each."""
+    head = ["difference from tuned AdamW, nats", "mars_adamw, AdamW's rate", "mars_adamw, best rate"]
+    head += ["mars_m, AdamW's rate", "mars_m, best rate"]
+    lines = []
+    for name, task in TASKS.items():
+        if not (RESULTS / f"{name}.json").is_file():
+            continue
+        _, comparison = read(name)
+        base_rate = comparison.baseline.best.learning_rate if comparison.baseline.best else math.nan
+        cells = [task]
+        for label in (ADAMW, MARS_M):
+            s = next(s for s in comparison.summaries if s.label == label)
+            at_rate = at_the_baselines_rate(name, label)
+            cells.append("—" if at_rate is None else plus_minus(at_rate))
+            ratio = s.best.learning_rate / base_rate if s.best else math.nan
+            cells.append("—" if s.difference is None else f"{plus_minus(s.difference)} at {ratio:.2g} ×")
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def shorter(whole: str, part: str) -> str:
+    """mars_m in a complete schedule of fewer steps, beside AdamW in all of them, at the best rate of each."""
+    rows, comparison = read(whole)
+    base = comparison.baseline
+    short_rows, short = read(part)
+    best = short.summaries[0]
+    difference = paired(best.losses, base.losses)
+    steps = {row["steps"] for row in short_rows}, {row["steps"] for row in rows if row["kind"] == "run"}
+    head = ["", "steps", "learning rate", "seeds", "loss", "difference"]
+    lines = []
+    for summary_of, count, ending in ((base, max(steps[1]), "—"), (best, max(steps[0]), plus_minus(difference))):
+        assert summary_of.best is not None
+        rate, loss = f"{summary_of.best.learning_rate:g}", f"{mean(summary_of.losses):.3f}"
+        lines.append([summary_of.label, str(count), rate, str(len(summary_of.losses)), loss, ending])
+    return markdown(head, lines)
+
+
+def differences(name: str) -> str:
+    """Each row of an ablation beside its first one, paired by seed."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    comparison = compare(rows, list(dict.fromkeys(row["optimizer"] for row in rows)))
+    head = ["", "seeds", "loss", f"difference from {comparison.baseline.label}"]
+    lines = [
+        [s.label, str(len(s.losses)), f"{mean(s.losses):.4f}", "—" if s.difference is None else exactly(s.difference)]
+        for s in comparison.summaries
+    ]
+    return markdown(head, lines)
+
+
+def exactly(difference: Any) -> str:
+    return f"{difference.mean:+.4f} ± {difference.error or 0:.4f}".replace("-", "−")
+
+
+KINDS = {
+    "summary": summary,
+    "rates": rates,
+    "overview": overview,
+    "shorter": shorter,
+    "differences": differences,
+}
 
 
 def filled(text: str) -> str:
