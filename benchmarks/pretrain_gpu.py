@@ -110,11 +110,11 @@ def parts(text: str, length: int) -> Iterator[str]:
     return (text[i : i + length] for i in range(0, len(text), length))
 
 
-def prepare(arguments: argparse.Namespace) -> Task:
-    """Read the text, and choose the size.
+def size_for(arguments: argparse.Namespace) -> Size:
+    """What the machine is to train.
 
     Raises:
-        SweepError: no GPU; a text that cannot be read or is too short; a batch that divides no update.
+        SweepError: no GPU; a batch that divides no update.
     """
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would take all that there are
     if not arguments.tiny and not torch.cuda.is_available():
@@ -123,9 +123,35 @@ def prepare(arguments: argparse.Namespace) -> Task:
     device_batch = arguments.device_batch or size.device_batch
     if size.update % device_batch:
         raise SweepError(f"--device_batch {device_batch}: must divide the {size.update} blocks of an update")
-    text = Path(arguments.text)
+    return size._replace(device_batch=device_batch, vocab_size=arguments.vocab_size or size.vocab_size)
+
+
+def plan_for(arguments: argparse.Namespace, command: list[str]) -> Plan:
+    """The plan file's, with the command line's learning rates and seeds.
+
+    Raises:
+        SweepError: see `make_plan`.
+    """
+    file = read_plan_file(arguments.plan)
+    return make_plan(
+        command,
+        file["optimizers"],
+        arguments.learning_rate or file.get("learning_rate"),
+        file.get("arguments"),
+        seeds=arguments.seeds or file.get("seeds", 1),
+        final_seeds=None,
+        equal_budget=file.get("equal_budget", True),
+    )
+
+
+def prepare(text: Path, size: Size, on_gpu: bool, command: list[str]) -> Task:
+    """Read the text.
+
+    Raises:
+        SweepError: it cannot be read, or is too short.
+    """
     try:
-        train, held_out, vocab_size = tokens_of(text, arguments.vocab_size or size.vocab_size)
+        train, held_out, vocab_size = tokens_of(text, size.vocab_size)
     except (OSError, ValueError) as error:
         raise SweepError(f"--text {text} cannot be read: {error}") from None
     updates, evaluated = len(train) // (size.update * size.block_size), len(held_out) // size.block_size
@@ -139,12 +165,12 @@ def prepare(arguments: argparse.Namespace) -> Task:
         vocab_size=vocab_size,
         block_size=size.block_size,
         update=size.update,
-        device_batch=device_batch,
+        device_batch=size.device_batch,
         # Whole updates, so that each has as many tokens, at the end of an epoch too.
         train=Blocks(train, size.block_size, updates * size.update, vocab_size),
         held_out=Blocks(held_out, size.block_size, min(evaluated, size.held_out), vocab_size),
-        on_gpu=not arguments.tiny,
-        command=["python", "benchmarks/pretrain_gpu.py", *sys.argv[1:]],
+        on_gpu=on_gpu,
+        command=command,
         git_commit=git_commit(),
     )
 
@@ -158,14 +184,13 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def steps_for(plan: Plan, task: Task, arguments: argparse.Namespace, began: float) -> int:
+def steps_for(plan: Plan, task: Task, first_steps: int, arguments: argparse.Namespace, began: float) -> int:
     """The steps that the minutes allow to each run, the same for all and a multiple of EVALUATIONS.
 
     Raises:
         SweepError: no optimizer makes its first steps, or the minutes do not suffice.
     """
-    count = (TINY if arguments.tiny else SMALL).first_steps
-    rows = {label: make(Run(plan.settings(label)[0], 1), task, count, 1) for label in plan.optimizers}
+    rows = {label: make(Run(plan.settings(label)[0], 1), task, first_steps, 1) for label in plan.optimizers}
     timed = {label: row for label, row in rows.items() if row["status"] != "failed"}
     if not timed:
         raise SweepError(f"no optimizer makes its first steps: {next(iter(rows.values()))['problem']}")
@@ -186,22 +211,14 @@ def steps_for(plan: Plan, task: Task, arguments: argparse.Namespace, began: floa
 
 
 def run_all(arguments: argparse.Namespace, began: float) -> None:
-    task = prepare(arguments)
-    file = read_plan_file(arguments.plan)
-    plan = make_plan(
-        task.command,
-        file["optimizers"],
-        arguments.learning_rate or file.get("learning_rate"),
-        file.get("arguments"),
-        seeds=arguments.seeds or file.get("seeds", 1),
-        final_seeds=None,
-        equal_budget=file.get("equal_budget", True),
-    )
-    folder = arguments.output_dir
+    size = size_for(arguments)
+    command = ["python", "benchmarks/pretrain_gpu.py", *sys.argv[1:]]
+    plan, folder = plan_for(arguments, command), arguments.output_dir
     if (folder / RESULTS).exists():
         raise SweepError(f"--output_dir {folder} has a {RESULTS} already: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    steps = steps_for(plan, task, arguments, began)
+    task = prepare(Path(arguments.text), size, not arguments.tiny, command)
+    steps = steps_for(plan, task, size.first_steps, arguments, began)
     tokens = steps * task.tokens_per_step
     passes = tokens / (len(task.train) * task.block_size)
     print(f"{len(plan.runs())} runs of {steps} steps, {tokens:,} tokens, {passes:.2f} times the text", file=sys.stderr)
@@ -234,7 +251,7 @@ def number(kind: Callable[[str], Any], least: float) -> Callable[[str], Any]:
 def main() -> None:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=number(float, 0), required=True, help="in all, shared out over the runs")
+    parser.add_argument("--minutes", type=number(float, 0.1), required=True, help="in all, shared out over the runs")
     parser.add_argument("--text", default=NOVEL, help="UTF-8 text, or tokens in a .bin file (default: the novel)")
     parser.add_argument("--learning_rate", nargs="+", type=float, help="each of them for each optimizer")
     parser.add_argument("--seeds", type=number(int, 1), help="seeds 1 to this (default: the plan's)")

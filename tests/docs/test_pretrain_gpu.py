@@ -81,8 +81,8 @@ def budget(monkeypatch, minutes, most=None):
 
     monkeypatch.setattr(pretrain_gpu, "make", made)
     monkeypatch.setattr(pretrain_gpu.time, "monotonic", lambda: 130.0)
-    arguments = argparse.Namespace(minutes=minutes, max_steps=most, tiny=False)
-    return pretrain_gpu.steps_for(plan, None, arguments, began=100.0)
+    arguments = argparse.Namespace(minutes=minutes, max_steps=most)
+    return pretrain_gpu.steps_for(plan, None, 15, arguments, began=100.0)
 
 
 def test_the_minutes_are_shared_out(monkeypatch):
