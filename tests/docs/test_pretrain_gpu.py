@@ -95,6 +95,11 @@ def test_the_minutes_are_shared_out(monkeypatch):
     assert budget(monkeypatch, 1.4) == 10
 
 
+def test_the_novel_suffices_for_gpt2_small():
+    task = pretrain_gpu.prepare(pretrain_gpu.NOVEL, pretrain_gpu.SMALL, True, ["python"])
+    assert len(task.train) % task.update == 0 < len(task.held_out) and task.tokens_per_step == 131_072
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [
