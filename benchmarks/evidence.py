@@ -106,9 +106,7 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="the sweep's folder")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--max_extensions", type=int, default=1, help="how often the grids may grow")
-    parser.add_argument(
-        "--timing_steps", type=int, default=30, help="steps that time each best setting; 0: none"
-    )
+    parser.add_argument("--timing_steps", type=int, default=30, help="steps that time each best setting; 0: none")
     parser.add_argument("--keep", type=Path, help="train nothing: write the sweep's results to this file")
     arguments = parser.parse_args()
     if arguments.keep:

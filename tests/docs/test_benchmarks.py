@@ -81,4 +81,5 @@ def test_sharded_step_runs():
 
 def test_every_benchmark_is_run():
     elsewhere = {"sharded_step", "communication", "communication_formulas"}  # here, and in test_scaling.py
+    elsewhere |= {"pretrain_gpu", "pretrain_gpu_runs"}  # in test_pretrain_gpu.py
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == RUNS.keys() | elsewhere
