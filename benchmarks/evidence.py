@@ -81,7 +81,7 @@ def sweep(arguments: argparse.Namespace) -> list[str]:
         *[sys.executable, "-m", "hf_mars.sweep", "--plan", str(plan), "--output_dir", str(folder)],
         *["--jobs", str(arguments.jobs), "--max_extensions", str(arguments.max_extensions)],
         *["--timing_steps", str(arguments.timing_steps), "--"],
-        *["python", str(RUN_CLM), *text, *model, *COMMON, *TASKS[arguments.task]],
+        *[sys.executable, str(RUN_CLM), *text, *model, *COMMON, *TASKS[arguments.task]],
     ]
 
 

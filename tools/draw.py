@@ -40,7 +40,8 @@ def draw_tokens(path: Path) -> None:
         axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
         axes.tick_params(left=False, bottom=False, labelbottom=False)
         axes.set_title(corpus, fontsize="medium", loc="left")
-    figure.suptitle("Tokens to the loss at which tuned AdamW ends: less is better", fontsize="medium", x=0.01, ha="left")
+    title = "Tokens to the loss at which tuned AdamW ends: less is better"
+    figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
