@@ -71,16 +71,13 @@ def rates(name: str) -> str:
     """The loss at every learning rate, over the seeds that all settings have."""
     rows, comparison = read(name)
     losses = losses_by_setting(rows)
-    settings = [setting for by_setting in losses.values() for setting in by_setting]
     seeds = set.intersection(*(set(by_seed) for by in losses.values() for by_seed in by.values()))
-    head = ["optimizer", *(f"{rate:g}" for rate in sorted({s.learning_rate for s in settings}))]
-    lines = []
+    by_grid: dict[tuple[float, ...], list[list[str]]] = {}  # of optimizers with the same learning rates
     for s in comparison.summaries:
-        at: dict[str, str] = {}
-        for setting, by_seed in losses.get(s.label, {}).items():
-            at[f"{setting.learning_rate:g}"] = loss_cell(by_seed, seeds)
-        lines.append([s.label, *(at.get(rate, "") for rate in head[1:])])
-    return markdown(head, lines)
+        at = {setting.learning_rate: loss_cell(by_seed, seeds) for setting, by_seed in losses[s.label].items()}
+        by_grid.setdefault(tuple(sorted(at)), []).append([s.label, *(at[rate] for rate in sorted(at))])
+    grids = [markdown(["learning rate", *(f"{rate:g}" for rate in grid)], lines) for grid, lines in by_grid.items()]
+    return "\n".join(grids)
 
 
 def loss_cell(by_seed: dict[int, float], seeds: set[int]) -> str:
