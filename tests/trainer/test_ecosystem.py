@@ -287,7 +287,7 @@ def test_model_card_states_the_runs_hyperparameters(tmp_path, trainer_cls):
     trainer = trainer_cls(tiny_gpt2(), args, train_dataset=token_blocks(8))
     trainer.train()
     matrix, vector = card_of(trainer).split("; ")
-    matrix_settings = ["lr=0.001", "betas=(0.95, 0.99)", "eps=1e-06", "gamma=0.05", "max_norm=None", "exact=False"]
+    matrix_settings = ["lr=0.001", "betas=(0.9, 0.99)", "eps=1e-06", "gamma=0.05", "max_norm=None", "exact=False"]
     matrix_settings += ["last_grad_dtype=bfloat16"]
     assert all(setting in matrix for setting in ["MarsAdamW", "matrix", *matrix_settings])
     assert all(setting in vector for setting in ["1d", "adamw", "lr=0.002", "betas=(0.9, 0.9)", "eps=1e-06"])
