@@ -45,7 +45,14 @@ def test_the_factor_is_on_the_adaptive_part_alone(composed):
         AdamW(vector, eta=lr, lam=decay, betas=(0.9, 0.95), gamma=0.0, max_norm=None),
     ]
     optimizer = MarsAdamW(
-        params, lr=lr, betas=betas, weight_decay=decay, gamma=gamma, adjust_lr_fn="match_rms_adamw", max_norm=1.0, **composed
+        params,
+        lr=lr,
+        betas=betas,
+        weight_decay=decay,
+        gamma=gamma,
+        adjust_lr_fn="match_rms_adamw",
+        max_norm=1.0,
+        **composed,
     )
     gradients = make_gradients(params, 5)
     run_steps(optimizer, params, gradients)

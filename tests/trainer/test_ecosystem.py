@@ -299,7 +299,9 @@ def test_model_card_before_and_after_training_is_the_same(tmp_path, optim):
     before = card_of(trainer)
     trainer.train()
     assert card_of(trainer) == before
-    assert "lr=0.01, betas=(0.9, 0.99)" in before and ("lr=0.005" in before) == (optim in ("mars_lion", "mars_shampoo"))
+    assert "lr=0.01, betas=(0.9, 0.99)" in before and ("lr=0.005" in before) == (
+        optim in ("mars_lion", "mars_shampoo")
+    )
 
 
 def test_what_push_to_hub_uploads(tmp_path, monkeypatch):
