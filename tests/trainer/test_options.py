@@ -4,9 +4,9 @@ import logging
 import math
 
 import pytest
+from helpers import tiny_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
-from helpers import tiny_gpt2
 from kernel_helpers import cpu
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
