@@ -245,9 +245,9 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         kwargs["roles"] = roles = parameter_roles(model)
         if trains_all_of_a_pretrained_model(roles):
             logger.warning_once(
-                f"{optim_name(args)} trains all matrices of a pretrained model: models that Adam pretrained end worse with "
-                "orthogonalised updates than with AdamW's kind (arXiv:2605.10468; docs/guide.md); take mars_adamw, or "
-                "LoRA adapters"
+                f"{optim_name(args)} trains all matrices of a pretrained model: models that Adam pretrained end worse "
+                "with orthogonalised updates than with AdamW's kind (arXiv:2605.10468; docs/guide.md); take "
+                "mars_adamw, or LoRA adapters"
             )
         if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
             kwargs["process_group"] = torch.distributed.group.WORLD
