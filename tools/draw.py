@@ -36,30 +36,37 @@ def draw_tokens(path: Path) -> None:
         bars = axes.barh(list(LABELS.values()), parts, color=[color(label) for label in LABELS], height=0.6)
         axes.bar_label(bars, fmt="%.0f %%", padding=4)
         axes.set_xlim(0, 118)
-        axes.invert_yaxis()
         axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
         axes.tick_params(left=False, bottom=False, labelbottom=False)
         axes.set_title(corpus, fontsize="medium", loc="left")
+    figure.axes[0].invert_yaxis()  # shared by all
     title = "Tokens to the loss at which tuned AdamW ends: less is better"
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def draw_rates(path: Path) -> None:
-    """For each corpus the final loss against the learning rate, a line for each optimizer; dots are seeds."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    """For each corpus the final loss against the learning rate, a line for each optimizer."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    colors: dict[str, str] = {}  # of an optimizer, in all panels
     for axes, (name, corpus) in zip(figure.subplots(1, len(CORPORA)), CORPORA.items(), strict=True):
         rows, comparison = tables.read(name)
         losses = losses_by_setting(rows)
-        for i, s in enumerate(comparison.summaries):
-            points = sorted((x.learning_rate, by_seed) for x, by_seed in losses[s.label].items())
-            line = [(rate, by_seed[1]) for rate, by_seed in points if math.isfinite(by_seed[1])]
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=1.2, color=f"C{i}", label=s.label)
+        for s in comparison.summaries:
+            points = sorted((x.learning_rate, by_seed[1]) for x, by_seed in losses[s.label].items())
+            line = [(rate, loss) for rate, loss in points if math.isfinite(loss)]
+            shade = colors.setdefault(s.label, f"C{len(colors)}")
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=1.2, color=shade, label=s.label)
         axes.set(xscale="log", xlabel="learning rate", title=corpus)
+        ticks: list[float] = []
+        for rate in sorted({setting.learning_rate for by_setting in losses.values() for setting in by_setting}):
+            ticks += [rate] if not ticks or rate > 1.5 * ticks[-1] else []  # no numbers on top of each other
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks], rotation=45)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     first: Any = figure.axes[0]
     first.set_ylabel("evaluation loss (nats per token), seed 1")
-    first.legend(fontsize="x-small")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
