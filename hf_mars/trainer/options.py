@@ -14,7 +14,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .. import optim
-from ..optim import MarsAdamW, MarsShampoo, ParameterRole, parameter_roles
+from ..optim import MarsAdamW, MarsShampoo, parameter_roles
 from ..optim.hyperparameters import RANGES, check_hyperparameters
 from ..optim.kernels.cpu import is_compiled
 from ..optim.mars import Mars
@@ -242,19 +242,7 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
     if optimizer_cls is MarsShampoo:
         if model is None:
             raise ValueError(f"optim={optim_name(args)!r} needs the model, to tell embeddings from hidden matrices")
-        kwargs["roles"] = roles = parameter_roles(model)
-        if trains_all_of_a_pretrained_model(roles):
-            logger.warning_once(
-                f"{optim_name(args)} trains all matrices of a pretrained model: models that Adam pretrained end worse "
-                "with orthogonalised updates than with AdamW's kind (arXiv:2605.10468; docs/guide.md); take "
-                "mars_adamw, or LoRA adapters"
-            )
+        kwargs["roles"] = parameter_roles(model)
         if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
             kwargs["process_group"] = torch.distributed.group.WORLD
     return optimizer_cls, kwargs
-
-
-def trains_all_of_a_pretrained_model(roles: Mapping[torch.Tensor, ParameterRole]) -> bool:
-    """Whether all hidden matrices that are trained were loaded by `from_pretrained`, which marks what it loads."""
-    matrices = [param for param, role in roles.items() if role.kind == "matrix" and param.requires_grad]
-    return bool(matrices) and all(getattr(param, "_is_hf_initialized", False) for param in matrices)

@@ -4,12 +4,10 @@ import logging
 import math
 
 import pytest
-from helpers import tiny_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_helpers import cpu
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_mars import MarsLion, MarsShampoo, MarsTrainingArguments
 from hf_mars.trainer import options
@@ -192,21 +190,3 @@ def test_the_trainer_says_where_it_is_missing(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(cpu, "_cpu", None)
     optimizer_cls_and_kwargs(args, None)
     assert "compiled step of hf_mars is missing" in caplog.text
-
-
-@pytest.mark.parametrize("optim", ["mars_m", "mars_shampoo", "mars_adamw"])
-def test_full_fine_tuning_with_orthogonalised_updates_warns_once(optim, caplog, tmp_path):
-    """Models that Adam pretrained degrade (arXiv:2605.10468); adapters, and models from scratch, are silent."""
-    caplog.set_level("WARNING", "hf_mars")
-    options.logger.warning_once.cache_clear()
-    args = TrainingArguments(str(tmp_path), optim=optim, use_cpu=True)
-    scratch = tiny_gpt2()
-    optimizer_cls_and_kwargs(args, scratch)
-    scratch.save_pretrained(tmp_path / "model")
-    pretrained = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), LoraConfig(r=2))
-    optimizer_cls_and_kwargs(args, adapted)
-    assert "pretrained model" not in caplog.text
-    for _ in range(2):
-        optimizer_cls_and_kwargs(args, pretrained)
-    assert caplog.text.count(f"{optim} trains all matrices of a pretrained model") == (optim != "mars_adamw")
