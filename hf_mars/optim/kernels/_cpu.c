@@ -7,6 +7,10 @@
  * max_norm, see is_short(). Elsewhere c_t itself is measured, and stored: 10 words where ‖g_prev‖ lets expect it, 11
  * where ‖g_t‖ comes as a surprise.
  *
+ * Of a parameter that is spread over processes each has a part: add_squares() measures c_t's, 2 words, the caller adds
+ * up over the processes, and the step is given the lengths. It keeps g_t by value then, 1 word more: 9 without the clip,
+ * 11 with it.
+ *
  * cpu.py is the only caller; it checks shapes, dtypes and layout. The equations are those of algorithm/correction.py,
  * adamw.py and lion.py, and tests/optim hold the two against each other.
  *
@@ -33,6 +37,7 @@ enum { RUN = 4096 };            /* elements that are added up in float32 */
 enum { CACHED = 1 << 18 };      /* elements of tensors that are measured, then updated: g_t takes 1 MiB */
 enum { BLOCK = 1 << 15 };       /* elements at a time on the way back through them */
 enum { ALONE = 1 << 15 };       /* elements below which one thread is faster than several */
+enum { INFINITE = 0x7f800000 }; /* magnitude() of infinity; that of NaN is above it */
 
 typedef struct {
     float kappa;
@@ -102,6 +107,25 @@ static double squares(const float *restrict g, int64_t n)
     return sum;
 }
 
+/* Σ c² without storing c_t. */
+FOR_EACH_PROCESSOR
+static double squares_of_c(const float *restrict g, const float *restrict g_prev, int64_t n, float kappa)
+{
+    double sum = 0;
+    for (int64_t start = 0; start < n; start += RUN) {
+        int64_t stop = start + RUN < n ? start + RUN : n, i = start;
+        float lanes[LANES] = {0};
+        for (; i + LANES <= stop; i += LANES)
+            for (int j = 0; j < LANES; j++)
+                lanes[j] += C(i + j) * C(i + j);
+        for (int j = 0; i < stop; i++, j++)
+            lanes[j] += C(i) * C(i);
+        for (int j = 0; j < LANES; j++)
+            sum += lanes[j];
+    }
+    return sum;
+}
+
 /* |c| as an integer that grows with it; infinity and NaN exceed every finite one. Integers, since a compiler may not
  * reorder comparisons of floats, and would take them one by one. */
 static inline int32_t magnitude(float c)
@@ -163,12 +187,22 @@ static int32_t lion(Pointers at, int64_t n, Settings s, float clip_factor)
     return largest;
 }
 
+/* g_t in g_prev's place; zero where it is not finite. */
+FOR_EACH_PROCESSOR
+static void keep(const float *restrict g, float *restrict g_prev, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        g_prev[i] = magnitude(g[i]) < INFINITE ? g[i] : 0;
+}
+
 typedef struct {
     int64_t count;
     const int64_t *sizes;
     float **x, **m, **v, **g, **g_prev;          /* v: NULL for Lion; g_prev: NULL for c = g */
     float **steps;                               /* t of each tensor; NULL for Lion */
     const double *prev_norms;                    /* ‖g_prev‖ where it is known, NaN elsewhere */
+    const double *lengths;                       /* ‖c‖, of whole parameters; NULL where it has to be measured */
+    int keeps;                                   /* whether g_t is left in g_prev */
     Settings settings;
     double beta1, beta2, lr;
     Squares *sums;                               /* of each tensor, thread by thread */
@@ -230,18 +264,26 @@ static void measure_again(const Step *step, int64_t k, int64_t from, int64_t to,
             correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa).c;
 }
 
+/* 1 / max(1, length / max_norm); NaN stays NaN */
+static float factor(double length, double max_norm)
+{
+    return length <= max_norm ? 1 : (float)(max_norm / length);
+}
+
 static void update(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
     const Settings *s = &step->settings;
     const float *g_prev = step->g_prev ? step->g_prev[k] : step->g[k], *g = step->g[k];
     float clip_factor = 1;
-    if (s->max_norm) {
+    if (step->lengths) {
+        clip_factor = factor(step->lengths[k], s->max_norm);
+    } else if (s->max_norm) {
         int is_corrected = is_corrected_first(step, k) || is_corrected_late(step, k, threads);
         if (is_corrected)
             g = g_prev;         /* c_t is in g_prev's place */
         if (is_corrected || !step->g_prev) {
             double length = is_corrected ? norm_of_c(step, k, threads) : norm_of_g(step, k, threads);
-            clip_factor = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
+            clip_factor = factor(length, s->max_norm);
         }
     }
     Pointers at = {step->x[k] + from, step->m[k] + from, NULL, g + from, g_prev + from, 0, 0};
@@ -254,6 +296,16 @@ static void update(const Step *step, int64_t k, int64_t from, int64_t to, int th
     int32_t largest = (step->v ? adamw : lion)(at, to - from, *s, clip_factor);
     int32_t *known = &step->largest[thread * step->count + k];
     *known = largest > *known ? largest : *known;
+    if (step->keeps)
+        keep(step->g[k] + from, step->g_prev[k] + from, to - from);
+}
+
+static void measure_c(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
+{
+    (void)threads;
+    const float *g = step->g[k] + from;
+    step->sums[thread * step->count + k].c +=
+        step->g_prev ? squares_of_c(g, step->g_prev[k] + from, to - from, step->settings.kappa) : squares(g, to - from);
 }
 
 /* One thread's share of the elements of tensors first … last−1, laid end to end: block by block, up or down. */
@@ -290,7 +342,7 @@ static void run(const Step *step, int threads)
             int64_t elements = 0;
             for (last = first; last < step->count && (last == first || elements + step->sizes[last] <= CACHED); last++)
                 elements += step->sizes[last];
-            if (step->settings.max_norm) {
+            if (step->settings.max_norm && !step->lengths) {
                 pass(step, measure, 0, first, last, thread, team);
 #pragma omp barrier
                 int again = 0;   /* the same for every thread */
@@ -306,23 +358,59 @@ static void run(const Step *step, int threads)
     }
 }
 
+static int threads_for(const Step *step, int threads)
+{
+    int64_t elements = 0;
+    for (int64_t k = 0; k < step->count; k++)
+        elements += step->sizes[k];
+    return elements < ALONE ? 1 : threads;
+}
+
+static PyObject *add_squares(PyObject *self, PyObject *arguments)
+{
+    Py_buffer sizes, g, g_prev, sums;
+    double kappa;
+    int threads;
+    if (!PyArg_ParseTuple(arguments, "y*y*z*w*di", &sizes, &g, &g_prev, &sums, &kappa, &threads))
+        return NULL;
+    Step step = {.count = sizes.len / (Py_ssize_t)sizeof(int64_t), .sizes = sizes.buf, .g = g.buf, .g_prev = g_prev.buf,
+                 .settings = {.kappa = (float)kappa}};
+    threads = threads_for(&step, threads);
+    step.sums = calloc((size_t)(threads * step.count), sizeof *step.sums);
+    if (step.sums) {
+        Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel num_threads(threads)
+        pass(&step, measure_c, 0, 0, step.count, omp_get_thread_num(), omp_get_num_threads());
+        Py_END_ALLOW_THREADS
+        for (int64_t k = 0; k < step.count; k++)
+            for (int r = 0; r < threads; r++)
+                ((double *)sums.buf)[k] += step.sums[r * step.count + k].c;
+    } else {
+        PyErr_NoMemory();
+    }
+    free(step.sums);
+    Py_buffer *buffers[] = {&sizes, &g, &g_prev, &sums};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
+        PyBuffer_Release(buffers[i]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 {
-    Py_buffer sizes, x, m, v, g, g_prev, norms, steps;
+    Py_buffer sizes, x, m, v, g, g_prev, norms, lengths, steps;
     double kappa, beta1, beta2, eps, gamma, lr, weight_decay, max_norm;
-    int threads;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*w*z*ddddddddi", &sizes, &x, &m, &v, &g, &g_prev, &norms, &steps,
-                          &kappa, &beta1, &beta2, &eps, &gamma, &lr, &weight_decay, &max_norm, &threads))
+    int keeps, threads;
+    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*w*z*z*ddddddddpi", &sizes, &x, &m, &v, &g, &g_prev, &norms,
+                          &lengths, &steps, &kappa, &beta1, &beta2, &eps, &gamma, &lr, &weight_decay, &max_norm, &keeps,
+                          &threads))
         return NULL;
     Settings s = {(float)kappa, (float)(1 - beta1), (float)beta2, (float)(1 - beta2), (float)eps, (float)gamma,
                   (float)lr, (float)(1 - lr * weight_decay), max_norm};
     Step step = {sizes.len / (Py_ssize_t)sizeof(int64_t), sizes.buf, x.buf, m.buf, v.buf, g.buf, g_prev.buf, steps.buf,
-                 norms.buf, s, beta1, beta2, lr, NULL, NULL};
-    int64_t elements = 0;
-    for (int64_t k = 0; k < step.count; k++)
-        elements += step.sizes[k];
-    if (elements < ALONE)
-        threads = 1;
+                 norms.buf, lengths.buf, keeps, s, beta1, beta2, lr, NULL, NULL};
+    threads = threads_for(&step, threads);
     step.sums = calloc((size_t)(threads * step.count), sizeof *step.sums);
     step.largest = calloc((size_t)(threads * step.count), sizeof *step.largest);
     PyObject *finite = PyList_New((Py_ssize_t)step.count);
@@ -337,8 +425,8 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
             for (int r = 0; r < threads; r++)
                 if (step.largest[r * step.count + k] > largest)
                     largest = step.largest[r * step.count + k];
-            PyList_SET_ITEM(finite, k, PyBool_FromLong(largest < 0x7f800000));
-            ((double *)norms.buf)[k] = s.max_norm ? norm_of_g(&step, k, threads) : NAN;
+            PyList_SET_ITEM(finite, k, PyBool_FromLong(largest < INFINITE));
+            ((double *)norms.buf)[k] = s.max_norm && !step.lengths ? norm_of_g(&step, k, threads) : NAN;
         }
     } else {
         Py_CLEAR(finite);
@@ -346,7 +434,7 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
     }
     free(step.sums);
     free(step.largest);
-    Py_buffer *buffers[] = {&sizes, &x, &m, &v, &g, &g_prev, &norms, &steps};
+    Py_buffer *buffers[] = {&sizes, &x, &m, &v, &g, &g_prev, &norms, &lengths, &steps};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
         PyBuffer_Release(buffers[i]);
     return finite;
@@ -354,11 +442,15 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"step", step_of_a_group, METH_VARARGS,
-     "step(sizes, x, m, v, g, g_prev, norms, steps, kappa, beta1, beta2, eps, gamma, lr, weight_decay, max_norm, "
-     "threads): one step of MARS-AdamW (v and steps given) or MARS-Lion on float32 tensors, in place. sizes is a "
+     "step(sizes, x, m, v, g, g_prev, norms, lengths, steps, kappa, beta1, beta2, eps, gamma, lr, weight_decay, "
+     "max_norm, keeps, threads): one step of MARS-AdamW (v and steps given) or MARS-Lion on float32 tensors, in place. sizes is a "
      "buffer of int64, the element counts; x, m, v, g, g_prev and steps are buffers of addresses. norms is a buffer of "
-     "doubles: of g_prev where known, else NaN; it becomes the norms of g, or NaN without a clip. Returns for each "
-     "tensor whether its c was finite."},
+     "doubles: of g_prev where known, else NaN; it becomes the norms of g, or NaN where they were not measured. "
+     "lengths is a buffer of doubles, the norms of whole parameters' c, or None: they are measured. With keeps, g takes "
+     "g_prev's place, zero where it is not finite. Returns for each tensor whether its c was finite."},
+    {"add_squares", add_squares, METH_VARARGS,
+     "add_squares(sizes, g, g_prev, sums, kappa, threads): add each tensor's sum of squares of c to the doubles in "
+     "sums."},
     {NULL, NULL, 0, NULL},
 };
 
