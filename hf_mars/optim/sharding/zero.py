@@ -1,28 +1,27 @@
 """Flat tensors that DeepSpeed's ZeRO puts into param_groups, and the slices of parameters that lie in them.
 
 ZeRO replaces the parameters of a group by one flat tensor, this rank's share of all of them; in stage 3 by several,
-one step() each. The parameters themselves live on in the model, and DeepSpeed notes on them what lies where:
+one step() each. The parameters themselves live on in the model, and tell what lies where:
 
-- stages 1 and 2, and its bfloat16 optimizer: `_hp_mapping`, with the addresses of this rank's fragment within the
-  parameter and within the flat tensor, None where this rank has nothing of it; and `_dp_group`;
+- stages 1 and 2, and its bfloat16 optimizer: the parameters of a group have become views of one buffer, of which each
+  rank of their `_dp_group` has an equal share. (DeepSpeed also notes the addresses on them, in `_hp_mapping`: wrong ones
+  with round_robin_gradients in 0.19.8.)
 - stage 3: every parameter is cut into as many pieces of `partition_numel()` elements as there are ranks, the last ones
   padded, and the pieces lie in the flat tensor one after the other.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .parts import WHOLE, Part, Slice, part_of
+from .parts import WHOLE, Part, Ranks, Slice, part_of
 
 TESTED = "0.19.8"
 
@@ -51,8 +50,7 @@ class Originals:
     def parts_of(self, param: Tensor, group: Mapping[str, Any]) -> list[Part]:
         """The parts that lie in an entry of a param_group: mostly one, in a flat tensor several.
 
-        Of a flat tensor of which nothing but elementwise work is asked, it is the tensor as a whole. On the first call
-        for a flat tensor the ranks that share its parameters exchange a message, so that all of them have to make it.
+        Of a flat tensor of which nothing but elementwise work is asked, it is the tensor as a whole.
 
         Raises:
             RuntimeError: the work needs whole parameters, and where they are in a flat tensor is not known; or exact
@@ -97,45 +95,29 @@ class Originals:
     def _find(self, flat: Tensor, group: Mapping[str, Any]) -> list[Part]:
         params = self._of(group)
         try:
-            found = _stage_3(flat, params) if hasattr(_first(params), "ds_id") else _stages_1_and_2(flat, params)
-        except (AttributeError, TypeError) as error:  # another version keeps its notes elsewhere
+            find = _stage_3 if params and hasattr(params[0], "ds_id") else _stages_1_and_2
+            found = find(flat, params) if params else []
+        except (AttributeError, TypeError, ValueError) as error:  # another version works otherwise
             raise _not_found(flat, group) from error
         if not found or not _are_within(found, flat):
             raise _not_found(flat, group)
         return list(found)
 
 
-def _first(params: list[Tensor]) -> Tensor | None:
-    return params[0] if params else None
-
-
 def _stages_1_and_2(flat: Tensor, params: list[Tensor]) -> list[Slice]:
-    fragments: list[tuple[int, int, int]] = []  # offset in the flat tensor; start and length within the parameter
-    for param in params:
-        mapping: Any = param._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
-        if mapping is None:
-            fragments.append((0, 0, 0))
-            continue
-        in_flat, in_param = mapping.hp_fragment_address, mapping.lp_fragment_address
-        if mapping.hp_fragment.data_ptr() != flat.data_ptr() + in_flat.start * flat.itemsize:
-            return []  # of another flat tensor
-        fragments.append((in_flat.start, in_param.start, in_param.numel))
-    if not params:
+    group: Ranks = params[0]._dp_group  # type: ignore[attr-defined]  # DeepSpeed's
+    buffer, length = params[0].untyped_storage(), flat.numel()
+    if any(param.untyped_storage().data_ptr() != buffer.data_ptr() for param in params):
         return []
-    group = params[0]._dp_group  # type: ignore[attr-defined]
-    everyones: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyones, fragments, group=group)
+    if buffer.nbytes() != length * group.size() * params[0].element_size():
+        return []
     slices = []
-    for i, (param, (offset, _, _)) in enumerate(zip(params, fragments, strict=True)):
-        counts = [fragments_of_rank[i][2] for fragments_of_rank in everyones]
-        starts = itertools.accumulate(counts, initial=0)
-        follow_each_other = all(
-            length == 0 or start == expected
-            for (_, start, length), expected in zip((f[i] for f in everyones), starts, strict=False)
-        )
-        if not follow_each_other or sum(counts) != param.numel():
-            return []
-        slices.append(Slice(offset, param.shape, tuple(counts), group))
+    for param in params:
+        start, end = param.storage_offset(), param.storage_offset() + param.numel()
+        shares = [(max(start, r * length), min(end, (r + 1) * length)) for r in range(group.size())]
+        counts = tuple(max(0, last - first) for first, last in shares)
+        offset = max(0, start - group.rank() * length) if counts[group.rank()] else 0
+        slices.append(Slice(offset, param.shape, counts, group))
     return slices
 
 
