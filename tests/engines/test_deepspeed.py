@@ -27,17 +27,21 @@ def alone(launches):
 
 @pytest.fixture(scope="module")
 def deepspeed(launches):
-    runs = []
-    for name in APPROX:
-        for zero in ZERO:
+    """A launch per stage."""
+    results = {}
+    for zero in ZERO:
+        runs = []
+        for name in APPROX:
             run = a_run(name, "deepspeed", 2, label=f"{name} {zero}", zero=zero)
             runs.append(run)
             if name in RESUMED:
-                runs.append(resumed(run, launches.checkpoint("deepspeed", f"{name} {zero}")))
+                runs.append(resumed(run, launches.checkpoint(zero, run["name"])))
             if name == APPROX[0]:
-                runs.append(finished(run, launches.checkpoint("deepspeed", f"{name} {zero}", 6)))
-        runs.append(a_run(name, "deepspeed", 2, label=f"{name} Trainer", zero="stage 1", trainer="Trainer"))
-    return launches.together("deepspeed", "deepspeed", 2, runs, DS_ACCELERATOR="cpu")
+                runs.append(finished(run, launches.checkpoint(zero, run["name"], 6)))
+            if zero == "stage 1":
+                runs.append(a_run(name, "deepspeed", 2, label=f"{name} Trainer", zero=zero, trainer="Trainer"))
+        results.update(launches.together(zero, "deepspeed", 2, runs, DS_ACCELERATOR="cpu"))
+    return results
 
 
 EVERY_APPROX = pytest.mark.parametrize("name", APPROX)

@@ -4,8 +4,8 @@ ZeRO replaces the parameters of a group by one flat tensor, this rank's share of
 one step() each. The parameters themselves live on in the model, and tell what lies where:
 
 - stages 1 and 2, and its bfloat16 optimizer: the parameters of a group have become views of one buffer, of which each
-  rank of their `_dp_group` has an equal share. (DeepSpeed also notes the addresses on them, in `_hp_mapping`: wrong ones
-  with round_robin_gradients in 0.19.8.)
+  rank of their `_dp_group` has an equal share. (DeepSpeed also notes addresses on them, in `_hp_mapping`; in 0.19.8
+  they are wrong with round_robin_gradients.)
 - stage 3: every parameter is cut into as many pieces of `partition_numel()` elements as there are ranks, the last ones
   padded, and the pieces lie in the flat tensor one after the other.
 """
@@ -113,7 +113,8 @@ def _stages_1_and_2(flat: Tensor, params: list[Tensor]) -> list[Slice]:
         return []
     slices = []
     for param in params:
-        start, end = param.storage_offset(), param.storage_offset() + param.numel()
+        start = int(param.storage_offset())
+        end = start + param.numel()
         shares = [(max(start, r * length), min(end, (r + 1) * length)) for r in range(group.size())]
         counts = tuple(max(0, last - first) for first, last in shares)
         offset = max(0, start - group.rank() * length) if counts[group.rank()] else 0
