@@ -32,4 +32,6 @@ def test_zero_loops_equal_one_process(processes):
     errors = json.loads(printed.strip().splitlines()[-1])
     assert list(errors) == LAUNCHES[processes]
     for case, by_method in errors.items():
-        assert max(by_method.values()) < 1e-5, (case, by_method)
+        for method, error in by_method.items():
+            # A gradient's last bit decides how g_{t−1} is rounded to bfloat16, by up to 2**-8 of it.
+            assert error < (1e-4 if "bfloat16" in method else 1e-5), (case, method)

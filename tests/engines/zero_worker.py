@@ -1,7 +1,7 @@
 """One rank of test_zero.py: loops under DeepSpeed's ZeRO, and the same without it in this process alone.
 
-Usage: zero_worker.py CASE…  (of CASES). Rank 0 prints, as JSON, for every case and method the largest relative difference of
-a parameter.
+Usage: zero_worker.py CASE…  (of CASES). Rank 0 prints, as JSON, for every case and method the largest relative
+difference of a parameter.
 """
 
 import contextlib
