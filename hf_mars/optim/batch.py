@@ -156,8 +156,13 @@ def _batch(
         if state[param].keys() != complete or forms.get(param) is not form:
             make_state(param, state[param], group, form)
             forms[param] = form
-    steps = [s for param, own in zip(params, parts_of_each, strict=True) for s in _steps(state[param], len(own))]
-    params = [param for param, own in zip(params, parts_of_each, strict=True) for _ in own]
+    is_adamw = group["update"] == "adamw"
+    steps = [state[param]["step"] for param in params] if is_adamw else []
+    if any(len(own) != 1 for own in parts_of_each):
+        # A flat tensor has one t for all: it serves the first part, copies of it the others.
+        counts = [len(own) for own in parts_of_each]
+        steps = [s for step, n in zip(steps, counts, strict=False) for s in (step, *step.repeat(n - 1).unbind())]
+        params = [param for param, n in zip(params, counts, strict=True) for _ in range(n)]
     parts = [part for own in parts_of_each for part in own]
     is_whole = all(part is WHOLE for part in parts)
     states = [state[param] for param in params]
@@ -173,7 +178,6 @@ def _batch(
         previous_grads = kept("last_grad")
     elif form is Form.EXACT and kappa_of(group) > 0:
         previous_grads = previous_point.gradients(params, parts, grads)
-    is_adamw = group["update"] == "adamw"
     return Batch(
         group,
         form,
@@ -188,11 +192,3 @@ def _batch(
         parts=parts,
         is_whole=is_whole,
     )
-
-
-def _steps(state: State, parts: int) -> list[Tensor]:
-    """t for each part that lies in a flat tensor, which has one for all: it serves the first, copies the others."""
-    step = state.get("step")
-    if step is None:
-        return []
-    return [step] if parts == 1 else [step, *step.repeat(parts - 1).unbind()]
