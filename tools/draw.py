@@ -14,16 +14,12 @@ from hf_mars.sweep.compare import losses_by_setting
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 CORPORA = {"pretrain_prose": "prose", "pretrain_docs": "documentation"}
-COLORS = {"adamw": "#9aa5b1", "mars_adamw": "#1f6feb", "mars_m": "#0b3d91"}
-LABELS = {
-    "adamw (0.9, 0.95)": "AdamW, tuned",
-    "mars_adamw, rate matched": "mars_adamw",
-    "mars_m (0.9, 0.99) γ 0.05": "mars_m",
+# Of the first picture: an optimizer's name in the results, its name in the picture, its colour.
+BARS = {
+    "adamw (0.9, 0.95)": ("AdamW, tuned", "#9aa5b1"),
+    tables.ADAMW: ("mars_adamw", "#1f6feb"),
+    tables.MARS_M: ("mars_m", "#0b3d91"),
 }
-
-
-def color(label: str) -> str:
-    return next(c for name, c in sorted(COLORS.items(), key=lambda item: -len(item[0])) if label.startswith(name))
 
 
 def draw_tokens(path: Path) -> None:
@@ -32,8 +28,9 @@ def draw_tokens(path: Path) -> None:
     for axes, (name, corpus) in zip(figure.subplots(1, len(CORPORA), sharey=True), CORPORA.items(), strict=True):
         _, comparison = tables.read(name)
         found = {s.label: s for s in comparison.summaries}
-        parts = [100.0 * (1 if s is comparison.baseline else s.part_of_steps) for s in (found[x] for x in LABELS)]
-        bars = axes.barh(list(LABELS.values()), parts, color=[color(label) for label in LABELS], height=0.6)
+        parts = [100.0 * (1 if s is comparison.baseline else s.part_of_steps) for s in (found[x] for x in BARS)]
+        names, colors = zip(*BARS.values(), strict=True)
+        bars = axes.barh(names, parts, color=colors, height=0.6)
         axes.bar_label(bars, fmt="%.0f %%", padding=4)
         axes.set_xlim(0, 118)
         axes.spines[["top", "right", "bottom", "left"]].set_visible(False)

@@ -6,7 +6,6 @@ A page has `<!-- table: KIND NAME… -->`, the table, and `<!-- end -->`; NAME i
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ Row = dict[str, Any]
 
 
 def read(name: str) -> tuple[list[Row], Comparison]:
-    """The rows of a file of results, and their comparison with the first optimizer of the plan."""
+    """The rows of a file of results, and their comparison with AdamW, of two the one with the shorter average of v."""
     rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    labels = list(dict.fromkeys(row["optimizer"] for row in rows))
-    return rows, compare(rows, sorted(labels, key=lambda label: not label.startswith("adamw")))
+    labels = {row["optimizer"] for row in rows}  # which run ended first is chance
+    return rows, compare(rows, sorted(labels, key=lambda label: (not label.startswith("adamw"), label)))
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -43,23 +42,24 @@ def percent(part: float | None) -> str:
 
 
 def summary(name: str) -> str:
-    """Each optimizer at its best learning rate."""
+    """Each optimizer at its best learning rate; seconds where they were measured."""
     _, comparison = read(name)
     base = comparison.baseline
-    head = ["optimizer", "learning rate", "seeds", "loss", f"difference from {base.label}"]
-    head += ["steps to its loss", "seconds to it", "bytes of state per parameter"]
+    timed = base.seconds_per_step is not None
+    head = ["optimizer", "learning rate", "seeds", "loss", f"difference from {base.label}", "steps to its loss"]
+    head += ["seconds to it"] * timed + ["bytes of state per parameter"]
     lines = []
     for s in comparison.summaries:
         if s.best is None:
-            lines.append([s.label, "none came through", *["—"] * 6])
+            lines.append([s.label, "none came through", *["—"] * (len(head) - 2)])
             continue
         at_edge = {"lower": " (lowest tried)", "upper": " (highest tried)", None: ""}[s.edge]
-        others = ["—", "—", "—"]
-        if s.difference is not None:
-            seconds = "—" if s.part_of_steps is not None and s.part_of_seconds is None else percent(s.part_of_seconds)
-            others = [plus_minus(s.difference), percent(s.part_of_steps), seconds]
         rate, loss = f"{s.best.learning_rate:g}{at_edge}", f"{mean(s.losses):.3f}"
-        lines.append([s.label, rate, str(len(s.losses)), loss, *others, state(s)])
+        difference, steps, seconds = "—", "—", "—"
+        if s.difference is not None:
+            difference, steps = plus_minus(s.difference), percent(s.part_of_steps)
+            seconds = percent(s.part_of_seconds)
+        lines.append([s.label, rate, str(len(s.losses)), loss, difference, steps, *[seconds] * timed, state(s)])
     return markdown(head, lines)
 
 
@@ -99,31 +99,29 @@ def at_the_baselines_rate(name: str, label: str) -> Any:
 TASKS = {
     "pretrain_prose": "from scratch, prose",
     "pretrain_docs": "from scratch, documentation",
-    "finetune": "full fine-tuning, the small model",
-    "finetune_real": "full fine-tuning, SmolLM2-135M",
-    "lora": "LoRA, the small model",
-    "lora_real": "LoRA, SmolLM2-135M",
+    "finetune": "full fine-tuning",
+    "lora": "LoRA",
 }
 ADAMW, MARS_M = "mars_adamw, rate matched", "mars_m (0.9, 0.99) γ 0.05"
 
 
 def overview() -> str:
-    """Of every task the differences from tuned AdamW: at AdamW's own best learning rate, and at the best of each."""
-    head = ["difference from tuned AdamW, nats", "mars_adamw, AdamW's rate", "mars_adamw, best rate"]
-    head += ["mars_m, AdamW's rate", "mars_m, best rate"]
+    """Of every task the differences from AdamW: at AdamW's own best learning rate, and at the best of each."""
+    head = ["difference from AdamW, nats", "AdamW's best rate", "mars_adamw there", "at its best rate"]
+    head += ["mars_m there", "at its best rate"]
     lines = []
     for name, task in TASKS.items():
-        if not (RESULTS / f"{name}.json").is_file():
-            continue
         _, comparison = read(name)
-        base_rate = comparison.baseline.best.learning_rate if comparison.baseline.best else math.nan
-        cells = [task]
+        base = comparison.baseline
+        assert base.best is not None
+        cells = [task, f"{base.best.learning_rate:g}" + (" (highest tried)" if base.edge == "upper" else "")]
         for label in (ADAMW, MARS_M):
             s = next(s for s in comparison.summaries if s.label == label)
             at_rate = at_the_baselines_rate(name, label)
-            cells.append("—" if at_rate is None else plus_minus(at_rate))
-            ratio = s.best.learning_rate / base_rate if s.best else math.nan
-            cells.append("—" if s.difference is None else f"{plus_minus(s.difference)} at {ratio:.2g} ×")
+            assert s.best is not None and s.difference is not None and at_rate is not None
+            ratio = s.best.learning_rate / base.best.learning_rate
+            best = f"{plus_minus(s.difference)} at {ratio:.2g} ×" + (" (highest tried)" if s.edge == "upper" else "")
+            cells += [plus_minus(at_rate), best]
         lines.append(cells)
     return markdown(head, lines)
 
@@ -145,28 +143,11 @@ def shorter(whole: str, part: str) -> str:
     return markdown(head, lines)
 
 
-def differences(name: str) -> str:
-    """Each row of an ablation beside its first one, paired by seed."""
-    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    comparison = compare(rows, list(dict.fromkeys(row["optimizer"] for row in rows)))
-    head = ["", "seeds", "loss", f"difference from {comparison.baseline.label}"]
-    lines = [
-        [s.label, str(len(s.losses)), f"{mean(s.losses):.4f}", "—" if s.difference is None else exactly(s.difference)]
-        for s in comparison.summaries
-    ]
-    return markdown(head, lines)
-
-
-def exactly(difference: Any) -> str:
-    return f"{difference.mean:+.4f} ± {difference.error or 0:.4f}".replace("-", "−")
-
-
 KINDS = {
     "summary": summary,
     "rates": rates,
     "overview": overview,
     "shorter": shorter,
-    "differences": differences,
 }
 
 

@@ -230,7 +230,7 @@ class Mars(Optimizer):
     def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The hyperparameters in which a group of `kind` differs from what the user set."""
         if kind == "1d" and not settings["optimize_1d"]:
-            return {"update": "adamw", "lr": lr_1d(settings), **plain_adamw(settings)}
+            return {"update": "adamw", "lr": plain_rate(settings), **plain_adamw(settings)}
         return {"update": self.matrix_update}
 
     # ---- state dict ----
@@ -253,8 +253,8 @@ def settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in others}
 
 
-def lr_1d(settings: dict[str, Any]) -> float:
-    """The learning rate of what gets no matrix update. An `lr` that is AdamW's own serves it as it is."""
+def plain_rate(settings: dict[str, Any]) -> float:
+    """The learning rate of what gets no matrix update: `lr_1d`; by default lr where that is AdamW's own, else lr/2."""
     if settings["lr_1d"] is not None:
         return settings["lr_1d"]
     return settings["lr"] if settings.get("adjust_lr_fn") == "match_rms_adamw" else settings["lr"] / 2

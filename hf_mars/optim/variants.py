@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .groups import ParameterRole
-from .mars import Mars, lr_1d, plain_adamw, settings_among
+from .mars import Mars, plain_adamw, plain_rate, settings_among
 from .sharding import Ranks
 
 
@@ -170,4 +170,8 @@ class MarsShampoo(Mars):
             return {"update": "shampoo"}
         mars_m = settings["adjust_lr_fn"] == "match_rms_adamw"
         plain = not settings["optimize_1d"] if kind == "1d" else mars_m
-        return {"update": "adamw", "lr": lr_1d(settings), **(plain_adamw(settings) if plain else {})}
+        return {
+            "update": "adamw",
+            "lr": plain_rate(settings),
+            **(plain_adamw(settings) if plain else {}),
+        }

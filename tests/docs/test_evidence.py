@@ -1,13 +1,16 @@
 """benchmarks/evidence.py: a task from its text to the file of results and its tables, at the smallest size."""
 
+import argparse
 import importlib.util
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+
+from hf_mars.clm.command_line import parse_arguments
+from hf_mars.sweep.__main__ import parser, plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = """
@@ -21,15 +24,20 @@ TINY = "--use_cpu --max_steps 4 --eval_strategy steps --eval_steps 1 --max_eval_
 TINY_MODEL = ["--config_overrides", "n_layer=1,n_head=2,n_embd=32,n_positions=16"]
 
 
-@pytest.fixture
-def evidence(monkeypatch, tmp_path):
+def load():
     specification = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def evidence(monkeypatch, tmp_path):
+    module = load()
     (tmp_path / "pretrain.yaml").write_text(PLAN)
     monkeypatch.setattr(module, "PLANS", tmp_path)
     monkeypatch.setattr(module, "COMMON", shlex.split(TINY))
-    monkeypatch.setitem(module.TASKS, "pretrain", TINY_MODEL)
+    monkeypatch.setitem(module.TASKS, "pretrain", module.Task("pretrain", TINY_MODEL))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return module
 
@@ -60,17 +68,19 @@ def test_a_model_where_it_belongs(evidence, monkeypatch, capsys, arguments):
     assert ended.value.code == 2 and "--model" in capsys.readouterr().err
 
 
-def test_every_task_has_a_plan_of_equal_budgets():
-    from hf_mars.sweep.plan_file import make_plan, read_plan_file
-
-    for path in (ROOT / "benchmarks" / "plans").glob("*.yaml"):
-        plan = read_plan_file(path)
-        made = make_plan(
-            ["python", "run_clm.py"],
-            plan["optimizers"],
-            plan["learning_rate"],
-            plan.get("arguments"),
-            seeds=plan["seeds"],
-            final_seeds=plan.get("final_seeds"),
+def test_every_task_is_a_plan_and_a_command_that_run_clm_takes(tmp_path):
+    module = load()
+    for name, task in module.TASKS.items():
+        folder = tmp_path / name
+        folder.with_name(f"{name}_tokenizer").mkdir()
+        (tmp_path / f"{name}_tokenizer" / "tokenizer_config.json").touch()  # or one would be trained
+        arguments = argparse.Namespace(
+            **{"task": name, "text": None, "model": "model" if task.takes_a_model else None, "plan": None},
+            **{"output_dir": str(folder), "jobs": 1, "max_extensions": 0, "timing_steps": 0},
         )
-        assert re.search(r"adamw|mars", next(iter(made.optimizers)))
+        words = module.sweep(arguments)
+        own, command = words[3 : words.index("--")], words[words.index("--") + 1 :]
+        plan = plan_of(parser().parse_args(own), command)
+        assert len({len(settings) for settings in plan.optimizers.values()}) == 1
+        for run in plan.runs():
+            parse_arguments([*command[2:], *run.arguments(), "--output_dir", str(folder)])

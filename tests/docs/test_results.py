@@ -62,7 +62,7 @@ def test_the_pictures_have_what_the_tables_have(tmp_path, monkeypatch):
         parts = {s.label: s.part_of_steps for s in comparison.summaries}
         widths = [bar.get_width() for bar in axes.patches]
         assert widths[0] == 100
-        assert widths[1:] == pytest.approx([100 * parts[label] for label in list(draw.LABELS)[1:]])
+        assert widths[1:] == pytest.approx([100 * parts[label] for label in list(draw.BARS)[1:]])
     assert [len(axes.lines) for axes in figures[1].axes] == [len(tables.read(n)[1].summaries) for n in draw.CORPORA]
     assert (tmp_path / "tokens.png").stat().st_size > 10_000
 
@@ -73,7 +73,7 @@ def test_readmes_words_are_the_pictures():
     parts = [
         f"{100 * s.part_of_steps:.0f} %"
         for name in draw.CORPORA
-        for label in list(draw.LABELS)[1:]
+        for label in list(draw.BARS)[1:]
         for s in tables.read(name)[1].summaries
         if s.label == label
     ]
