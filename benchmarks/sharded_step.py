@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from hf_mars import MarsShampoo
-from hf_mars.optim import sharding
+from hf_mars.optim.sharding import matrices as sharding
 
 
 def make(shapes, mesh, process_group):

@@ -15,7 +15,7 @@ from .form import Form, kappa_of
 from .groups import Group
 from .last_grad import keep
 from .precision import needs_compensation
-from .sharding import WHOLE, Part, Replicas, elements_per_rank, part_of
+from .sharding import WHOLE, Originals, Part, Ranks
 from .state import State, decide_form, make_state, state_keys
 
 
@@ -40,7 +40,7 @@ class Batch:
     parts: list[Part]  # how the tensors lie in the whole parameters; for the two services of sharding.py alone
     is_whole: bool = True  # this process holds all of every parameter
     adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
-    replicas: Replicas | None = None  # ranks that hold equal parameters and gradients, where that is known
+    replicas: Ranks | None = None  # ranks that hold equal parameters and gradients, where that is known
 
     @property
     def kappa(self) -> float:
@@ -81,7 +81,8 @@ class Batch:
     def pieces(self, elements: int) -> Iterator[Batch]:
         """The same in batches of at most so many elements, or of one parameter; the same batches on every rank."""
         start, count = 0, 0
-        for i, size in enumerate(map(elements_per_rank, self.params, self.parts)):
+        sizes = [part.elements_per_rank(param) for part, param in zip(self.parts, self.params, strict=True)]
+        for i, size in enumerate(sizes):
             if i > start and count + size > elements:
                 yield self._piece(slice(start, i))
                 start, count = i, 0
@@ -99,9 +100,10 @@ def collect(
     state: Mapping[Tensor, State],
     forms: dict[Tensor, Form],
     previous_point: PreviousPoint,
+    originals: Originals,
     *,
     adjusts_lr: bool,
-    replicas: Replicas | None,
+    replicas: Ranks | None,
 ) -> list[Batch]:
     """Batches of all parameters that have a gradient. Makes the states of those that have none yet.
 
@@ -110,18 +112,19 @@ def collect(
         state: the optimizer's.
         forms: of each parameter that has a state; brought up to date.
         previous_point: has the gradients at x_{t−1} of exact groups.
+        originals: knows what lies in flat tensors.
         adjusts_lr: see `Batch`; of every AdamW update among them.
         replicas: see `Batch`.
 
     Raises:
-        RuntimeError: a gradient is sparse; or an engine has flattened matrices that the update needs whole.
+        RuntimeError: a gradient is sparse; or see `Originals.parts_of`.
     """
     batches = []
     for group in groups:
         alike = _alike([param for param in group["params"] if param.grad is not None])
         form = decide_form(group, state, forms) if alike else Form.PLAIN
         for params in alike:
-            batch = _batch(group, params, state, forms, form, previous_point)
+            batch = _batch(group, params, state, forms, form, previous_point, originals)
             batches.append(replace(batch, adjusts_lr=adjusts_lr and group["update"] == "adamw", replicas=replicas))
     return batches
 
@@ -141,19 +144,29 @@ def _batch(
     forms: dict[Tensor, Form],
     form: Form,
     previous_point: PreviousPoint,
+    originals: Originals,
 ) -> Batch:
     for param in params:
         if param.grad is not None and param.grad.is_sparse:
             raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
-    parts = [part_of(param) for param in params]
+    complete = state_keys(params[0].dtype, group, form)
+    # Flat tensors have several parts; below, every list has an entry per part.
+    parts_of_each = [originals.parts_of(param, group) for param in params]
+    for param in params:
+        if state[param].keys() != complete or forms.get(param) is not form:
+            make_state(param, state[param], group, form)
+            forms[param] = form
+    is_adamw = group["update"] == "adamw"
+    steps = [state[param]["step"] for param in params] if is_adamw else []
+    if any(len(own) != 1 for own in parts_of_each):
+        # A flat tensor has one t for all: it serves the first part, copies of it the others.
+        counts = [len(own) for own in parts_of_each]
+        steps = [s for step, n in zip(steps, counts, strict=False) for s in (step, *step.repeat(n - 1).unbind())]
+        params = [param for param, n in zip(params, counts, strict=True) for _ in range(n)]
+    parts = [part for own in parts_of_each for part in own]
     is_whole = all(part is WHOLE for part in parts)
     states = [state[param] for param in params]
     grads = [part.of(param.grad) for part, param in zip(parts, params, strict=True) if param.grad is not None]
-    complete = state_keys(params[0].dtype, group, form)
-    for param, part, grad, own in zip(params, parts, grads, states, strict=True):
-        if own.keys() != complete or forms.get(param) is not form:
-            make_state(param, part, grad, own, group, form)
-            forms[param] = form
 
     def kept(key: str) -> list[Tensor]:
         if is_whole:  # hundreds of small tensors take as long as their step
@@ -165,7 +178,6 @@ def _batch(
         previous_grads = kept("last_grad")
     elif form is Form.EXACT and kappa_of(group) > 0:
         previous_grads = previous_point.gradients(params, parts, grads)
-    is_adamw = group["update"] == "adamw"
     return Batch(
         group,
         form,
@@ -174,7 +186,7 @@ def _batch(
         previous_grads=previous_grads,
         exp_avgs=kept("exp_avg"),
         exp_avg_sqs=kept("exp_avg_sq") if is_adamw else [],
-        steps=[own["step"] for own in states] if is_adamw else [],
+        steps=steps,
         compensations=kept("compensation") if needs_compensation(params[0].dtype, group) else [],
         states=states,
         parts=parts,

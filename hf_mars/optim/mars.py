@@ -18,7 +18,7 @@ from .form import Form
 from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
 from .hyperparameters import check_hyperparameters, dtype_name
 from .last_grad import LastNorms
-from .sharding import Replicas
+from .sharding import Originals, Ranks
 from .state import check_updates, load_dtypes
 
 # Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
@@ -36,7 +36,7 @@ class Mars(Optimizer):
 
     matrix_update: str
     adjusts_lr = False  # whether `adjust_lr_fn` is about the AdamW updates
-    process_group: Replicas | None = None
+    process_group: Ranks | None = None
 
     def __init__(
         self,
@@ -64,12 +64,20 @@ class Mars(Optimizer):
         self, params: Iterable[Any], settings: dict[str, Any], roles: Mapping[Tensor, ParameterRole] | None = None
     ) -> None:
         self._roles: Mapping[Tensor, ParameterRole] = roles or {}
+        self._originals = Originals()
         super().__init__(params, settings)
         del self._roles  # it would keep alive the parameters that an engine replaces
         self._start_anew()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups")
         super().__setstate__(state)
+        if before is None:  # unpickled
+            self._originals = Originals()
+            for group in self.param_groups:
+                self._originals.add(group)
+        else:
+            self._originals.follow(before, self.param_groups)
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -104,6 +112,7 @@ class Mars(Optimizer):
             self.state,
             self._forms,
             self._previous_point,
+            self._originals,
             adjusts_lr=self.adjusts_lr,
             replicas=self.process_group,
         )
@@ -206,6 +215,7 @@ class Mars(Optimizer):
             super().add_param_group(group)
             for key in _SPLIT_KEYS:  # which super() has just copied from the defaults
                 self.param_groups[-1].pop(key, None)
+            self._originals.add(self.param_groups[-1])
 
     def _role(self, param: Tensor, settings: dict[str, Any]) -> ParameterRole:
         guess = self._roles.get(param) if "_roles" in self.__dict__ else None

@@ -18,7 +18,7 @@ from .groups import Group, check_not_flattened
 from .hyperparameters import dtype_of
 from .last_grad import keep
 from .precision import AVERAGES, needs_compensation
-from .sharding import Part
+from .sharding import part_of
 
 State = dict[str, Any]
 
@@ -63,15 +63,13 @@ def decide_form(group: Group, state: Mapping[Tensor, State], forms: Mapping[Tens
     return form
 
 
-def make_state(param: Tensor, part: Part, grad: Tensor, state: State, group: Group, form: Form) -> None:
+def make_state(param: Tensor, state: State, group: Group, form: Form) -> None:
     """Bring the state of a parameter into a form: at its first gradient, and where settings have changed since.
 
     The same keys on every rank, also for an empty shard: checkpoints of shards drop a key that one rank lacks.
 
     Args:
-        param: as the group has it.
-        part: this process's part of it.
-        grad: that part of g_t.
+        param: as the group has it, with a gradient.
         state: of the parameter, empty at its first gradient. Modified.
         group: its param_group.
         form: the form to have.
@@ -80,16 +78,17 @@ def make_state(param: Tensor, part: Part, grad: Tensor, state: State, group: Gro
     def zeros(key: str) -> Tensor:
         return torch.zeros_like(param, dtype=state_dtype(key, param, group), memory_format=torch.preserve_format)
 
+    assert param.grad is not None
+    local = part_of(param).of
     if "exp_avg" not in state:
         check_not_flattened(param)  # by an engine that wraps the model after the optimizer is made
-        _check_whole(param, group)
         if group["update"] == "adamw":
             # Where torch's AdamW keeps it: a fused kernel reads it on the device, the others on the host.
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["fused"] else "cpu")
             state["exp_avg_sq"] = zeros("exp_avg_sq")
         state["exp_avg"] = zeros("exp_avg")
         if form is Form.ONE_TENSOR:
-            part.of(state["exp_avg"]).copy_(initial_average(grad, group["gamma"]))
+            local(state["exp_avg"]).copy_(initial_average(local(param.grad), group["gamma"]))
     # A tensor that this form does not keep up to date must not be there when the settings change back.
     if form is not Form.EXACT:
         state.pop("last_param", None)
@@ -98,22 +97,11 @@ def make_state(param: Tensor, part: Part, grad: Tensor, state: State, group: Gro
     elif "last_grad" not in state:
         # The paper's x_1 = x_0: no difference yet, so c_1 = g_1.
         state["last_grad"] = zeros("last_grad")
-        keep([part.of(state["last_grad"])], [grad], None)
+        keep([local(state["last_grad"])], [local(param.grad)], None)
     if not needs_compensation(param.dtype, group):
         state.pop("compensation", None)
     elif "compensation" not in state:
         state["compensation"] = zeros("compensation")
-
-
-def _check_whole(param: Tensor, group: Group) -> None:
-    """Refuse a matrix that an engine has made a flat slice of, where the update depends on it as a whole."""
-    if group["kind"] == "1d" or param.ndim > 1 or (group["update"] != "shampoo" and group["max_norm"] is None):
-        return
-    instead = "" if group["update"] == "shampoo" else "set max_norm=None (no clip) or "
-    raise RuntimeError(
-        f"update={group['update']!r} with max_norm={group['max_norm']} needs whole matrices, but got a flat slice of "
-        f"shape {tuple(param.shape)}, as DeepSpeed makes them; {instead}use FSDP2"
-    )
 
 
 def check_updates(saved_groups: list[Group], groups: list[Group], optimizer: str) -> None:

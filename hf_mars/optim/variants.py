@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .groups import ParameterRole
 from .mars import Mars, plain_adamw, plain_rate, settings_among
-from .sharding import Replicas
+from .sharding import Ranks
 
 
 class MarsAdamW(Mars):
@@ -160,7 +160,7 @@ class MarsShampoo(Mars):
         foreach: bool | None = None,
         fused: bool | None = None,
         roles: Mapping[Tensor, ParameterRole] | None = None,
-        process_group: Replicas | None = None,
+        process_group: Ranks | None = None,
     ):
         self._set_up(params, settings_among(locals()), roles)
         self.process_group = process_group

@@ -214,7 +214,7 @@ def checked_settings(args: TrainingArguments) -> tuple[type[Mars], dict[str, Any
     """
     optimizer_cls = optimizer_class(optim_name(args))
     kwargs = hyperparameters(args)
-    check_engine(args, optimizer_cls, kwargs)
+    check_engine(args, kwargs)
     return optimizer_cls, kwargs
 
 

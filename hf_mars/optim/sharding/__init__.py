@@ -1,0 +1,25 @@
+"""Parameters spread over processes. The only package here that knows DTensor (FSDP2, HSDP, tensor parallelism),
+DeepSpeed's ZeRO, and ranks.
+
+A step works on plain local tensors: this process's part of each parameter. Elementwise work needs no communication.
+Two services need whole parameters: `norms_of_wholes`, for the clip, and `on_whole_matrices`, for orthogonalisation.
+"""
+
+from .gathered import drop_gathered
+from .matrices import on_whole_matrices
+from .norms import add_up, norms_of_wholes
+from .parts import WHOLE, Part, Ranks, owners_of, part_of
+from .zero import Originals
+
+__all__ = [
+    "WHOLE",
+    "Originals",
+    "Part",
+    "Ranks",
+    "add_up",
+    "drop_gathered",
+    "norms_of_wholes",
+    "on_whole_matrices",
+    "owners_of",
+    "part_of",
+]
