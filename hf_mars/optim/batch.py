@@ -167,6 +167,8 @@ def _batch(
     is_whole = all(part is WHOLE for part in parts)
     states = [state[param] for param in params]
     grads = [part.of(param.grad) for part, param in zip(parts, params, strict=True) if param.grad is not None]
+    if not is_whole:  # an engine's buffers; which execution takes a part must not depend on the rank
+        grads = [grad.contiguous() for grad in grads]
 
     def kept(key: str) -> list[Tensor]:
         if is_whole:  # hundreds of small tensors take as long as their step

@@ -24,3 +24,13 @@ def test_sharing(world):
     assert found["replicas: messages a step"] == {"broadcast": min(world, 4)}  # of four matrices
     assert found["sharded MarsAdamW: messages a step"] == {"all_reduce": 1}
     assert found["sharded MarsShampoo: messages a step"] == {"all_reduce": 1, "all_to_all_single": 2}
+
+
+@pytest.mark.parametrize("world, engine", [(2, "fsdp2"), (4, "hsdp"), (2, "one rank cannot")])
+def test_sharded_steps_in_compiled_kernels(world, engine):
+    """They give the numbers of the composed step. Ranks that do not agree about the kernels would wait for ever."""
+    found = json.loads(launch(world, "engines/kernel_worker.py", engine).strip().splitlines()[-1])
+    for name, (batches, difference) in found.items():
+        clips = "clipped" in name
+        assert batches == (0 if engine == "one rank cannot" and clips else 6), name
+        assert difference < (2e-3 if "Lion" in name else 1e-5), name

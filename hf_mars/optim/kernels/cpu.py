@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from ..batch import Batch
 from ..form import Form
 from ..last_grad import LastNorms
+from ..sharding import all_ranks_can, norms_of_squares
 
 _cpu: ModuleType | None
 try:
@@ -52,10 +53,11 @@ def why_not(batch: Batch) -> str | None:
         return f"foreach={group['foreach']}, fused={group['fused']}"
     if group["update"] == "adamw" and batch.previous_grads is None and group["max_norm"] is None:
         return "plain AdamW has a fused one there"
-    if _cpu is None:
+    able = _cpu is not None
+    if _needs_an_exchange(batch):  # where all ranks have to do the same
+        able = all_ranks_can(able, batch.parts, batch.params[0].device)
+    if not able:
         return "the compiled step is missing (no C compiler at installation, or torch's threads are not OpenMP's)"
-    if not batch.is_whole:
-        return "parameters are sharded"
     averages = [batch.exp_avgs, batch.exp_avg_sqs] if group["update"] == "adamw" else [batch.exp_avgs]
     lists = [batch.params, batch.grads, batch.previous_grads or batch.grads, *averages]
     # In one expression each: hundreds of tensors may be small, and loops over them take as long as their step.
@@ -69,26 +71,48 @@ def why_not(batch: Batch) -> str | None:
 
 def step(batches: list[Batch], last_norms: LastNorms) -> None:
     """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, as `execution.Execution` says."""
+    exchanging = [batch for batch in batches if _needs_an_exchange(batch)]
+    lengths = _lengths(exchanging) if exchanging else {}
     for batch in batches:
-        _step(batch, last_norms)
+        _step(batch, last_norms, lengths.get(id(batch)))
 
 
-def _step(batch: Batch, last_norms: LastNorms) -> None:
+def _needs_an_exchange(batch: Batch) -> bool:
+    return not batch.is_whole and batch.group["max_norm"] is not None
+
+
+def _lengths(batches: list[Batch]) -> dict[int, array[float]]:
+    """‖c_t‖₂ of the whole parameters, by the id of their batch, with one exchange between ranks."""
+    assert _cpu is not None
+    sums = []
+    for batch in batches:
+        sums.append(array("d", bytes(8 * len(batch.params))))
+        previous_grads = None if batch.previous_grads is None else _addresses(batch.previous_grads)
+        sizes, grads = _sizes(batch.grads), _addresses(batch.grads)
+        _cpu.add_squares(sizes, grads, previous_grads, sums[-1], batch.kappa, torch.get_num_threads())
+    squares = [torch.tensor(value, dtype=torch.float64) for own in sums for value in own]
+    norms = iter(norms_of_squares(squares, [part for batch in batches for part in batch.parts]))
+    return {id(batch): array("d", [next(norms).item() for _ in batch.params]) for batch in batches}
+
+
+def _step(batch: Batch, last_norms: LastNorms, lengths: array[float] | None) -> None:
     assert _cpu is not None
     params, group, previous_grads = batch.params, batch.group, batch.previous_grads
     keeps_last_grad = batch.form is Form.APPROX
+    by_value = keeps_last_grad and not batch.is_whole  # g_{t−1} of a part stays the memory that it is
     beta1, beta2 = group["betas"]
     known = last_norms.take(previous_grads) if keeps_last_grad and previous_grads else [None] * len(params)
     norms = array("d", [math.nan if norm is None else norm for norm in known])
     is_adamw = group["update"] == "adamw"
     finite = _cpu.step(
-        array("q", [param.numel() for param in params]),
+        _sizes(params),
         _addresses(params),
         _addresses(batch.exp_avgs),
         _addresses(batch.exp_avg_sqs) if is_adamw else None,
         _addresses(batch.grads),
         None if previous_grads is None else _addresses(previous_grads),
         norms,
+        lengths,
         _addresses(batch.steps) if is_adamw else None,
         batch.kappa,
         beta1,
@@ -98,11 +122,16 @@ def _step(batch: Batch, last_norms: LastNorms) -> None:
         batch.lr,
         batch.weight_decay,
         group["max_norm"] or 0.0,
+        by_value,
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
-    if keeps_last_grad:
+    if keeps_last_grad and not by_value:
         last_norms.remember(batch.keep_last_grads(finite), norms.tolist())
+
+
+def _sizes(tensors: list[Tensor]) -> array[int]:
+    return array("q", [t.numel() for t in tensors])
 
 
 def _addresses(tensors: list[Tensor]) -> array[int]:

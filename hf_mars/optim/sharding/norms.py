@@ -2,41 +2,78 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .devices import exchange_device
-from .parts import WHOLE, Part
+from .parts import Part, Ranks
+
+Function = Callable[[Tensor], Tensor]
 
 
 def norms_of_wholes(tensors: list[Tensor], parts: list[Part]) -> list[Tensor]:
     """‖·‖₂ of each whole tensor, given this process's parts of them: 0-d tensors on their device."""
-    norms = _local_norms(tensors)
-    if all(part is WHOLE for part in parts):
-        return norms
-    squares = add_up([norm.square() for norm in norms], parts)
-    return [square.sqrt_() for square in squares]
+    return _over_ranks(_local_norms(tensors), parts, before=_squares, after=torch.sqrt)
+
+
+def norms_of_squares(squares: list[Tensor], parts: list[Part]) -> list[Tensor]:
+    """‖·‖₂ of each whole tensor, given the sums of squares of this process's parts of them: 0-d tensors all."""
+    return list(torch._foreach_sqrt(add_up(squares, parts)))
 
 
 def add_up(values: list[Tensor], parts: list[Part]) -> list[Tensor]:
-    """Sums over the ranks of this process's values, one for each of `parts`: tensors of one shape.
+    """Sums over the ranks of this process's values, one for each of `parts`: tensors of one shape."""
+    return _over_ranks(values, parts)
 
-    One small all-reduce for all tensors that are spread alike; none for tensors that every rank has whole.
+
+def _over_ranks(
+    values: list[Tensor], parts: list[Part], before: Function | None = None, after: Function | None = None
+) -> list[Tensor]:
+    """after(Σ before(value)) over the ranks that share a parameter; of parameters that every rank has whole, the value.
+
+    One small all-reduce for all tensors that are spread alike, and one launch for each function.
     """
-    sums = list(values)
+    results = list(values)
     alike: dict[tuple, list[int]] = {}
     for i, part in enumerate(parts):
         if part.sums_over:
             alike.setdefault((part.sums_over, values[i].dtype, values[i].device), []).append(i)
-    for (groups, _, device), indices in alike.items():
+    for (groups, dtype, device), indices in alike.items():
         stacked = torch.stack([values[i] for i in indices])
+        stacked = stacked if before is None else before(stacked)
         for group in groups:
             stacked = stacked.to(exchange_device(group, device))
             dist.all_reduce(stacked, group=group)
-        for i, value in zip(indices, stacked.to(device).unbind(), strict=True):
-            sums[i] = value
-    return sums
+        stacked = stacked if after is None else after(stacked)
+        for i, result in zip(indices, stacked.to(device, dtype).unbind(), strict=True):
+            results[i] = result
+    return results
+
+
+def _squares(norms: Tensor) -> Tensor:
+    """In a precision that holds the square of every float32, where the device has one."""
+    return (norms if norms.device.type == "mps" else norms.double()).square()
+
+
+_agreed: weakref.WeakKeyDictionary[Ranks, bool] = weakref.WeakKeyDictionary()
+
+
+def all_ranks_can(able: bool, parts: list[Part], device: torch.device) -> bool:
+    """Whether every rank that holds parts of these parameters is able to do what this one is.
+
+    Asked once of each group of ranks, by an all-reduce; `able` is a property of the process, not of the moment.
+    """
+    for group in dict.fromkeys(group for part in parts for group in part.sums_over):
+        if group not in _agreed:
+            answer = torch.tensor(float(able), device=exchange_device(group, device))
+            dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
+            _agreed[group] = bool(answer.item())
+        able = able and _agreed[group]
+    return able
 
 
 def _local_norms(tensors: list[Tensor]) -> list[Tensor]:
