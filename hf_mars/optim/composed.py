@@ -25,6 +25,9 @@ from .sharding import norms_of_wholes, on_whole_matrices
 # Elements that are updated at a time where that takes temporary copies of them.
 COPIED_AT_A_TIME = 1 << 24
 
+# Elements of matrices, on each rank, that are orthogonalised and applied before the next ones are.
+ORTHOGONALISED_AT_A_TIME = 1 << 26
+
 # ‖c_t‖₂ of the tensors of a batch: numbers where the host may look at them, else 0-d tensors; None: not wanted.
 Norms = list[float] | list[Tensor] | None
 
@@ -95,22 +98,31 @@ def _update(
     elif group["update"] == "lion":
         lion(params, c, exp_avgs, lr=lr, beta1=beta1, weight_decay=weight_decay, gamma=gamma)
     elif group["update"] == "shampoo":
-        shapes = [part.whole_shape(param) for part, param in zip(batch.parts, params, strict=True)]
-        shampoo(
-            params,
-            c,
-            exp_avgs,
-            lr=lr,
-            beta1=beta1,
-            weight_decay=weight_decay,
-            gamma=gamma,
-            ns_steps=group["ns_steps"],
-            layout=group["layout"],
-            update_scales=[update_scale(shape, group["layout"], group["adjust_lr_fn"]) for shape in shapes],
-            on_wholes=functools.partial(on_whole_matrices, parts=batch.parts, replicas=batch.replicas),
-        )
+        first = 0
+        for piece in batch.pieces(_at_a_time(batch)):
+            chosen = slice(first, first := first + len(piece.params))
+            shapes = [part.whole_shape(param) for part, param in zip(piece.parts, params[chosen], strict=True)]
+            shampoo(
+                params[chosen],
+                c[chosen],
+                exp_avgs[chosen],
+                lr=lr,
+                beta1=beta1,
+                weight_decay=weight_decay,
+                gamma=gamma,
+                ns_steps=group["ns_steps"],
+                layout=group["layout"],
+                update_scales=[update_scale(shape, group["layout"], group["adjust_lr_fn"]) for shape in shapes],
+                on_wholes=functools.partial(on_whole_matrices, parts=piece.parts, replicas=piece.replicas),
+            )
     else:
         raise ValueError(f"update must be adamw, lion or shampoo, got {group['update']!r}")
+
+
+def _at_a_time(batch: Batch) -> int:
+    """Enough for each rank to have a stack of matrices to work on, few enough to bound the memory of the results."""
+    sharers = 1 if batch.replicas is None or not batch.is_whole else batch.replicas.size()
+    return ORTHOGONALISED_AT_A_TIME * sharers
 
 
 # ---- norms ----

@@ -23,6 +23,9 @@ def test_sharing(world):
         assert found[f"{name}: reductions"] == {"replicated": 0, "both": 2}.get(name, 1), name
     assert found["replicas: messages a step"] == {"broadcast": min(world, 4)}  # of four matrices
     assert found["sharded MarsAdamW: messages a step"] == {"all_reduce": 1}
+    for engine in ("sharded", "replicated"):  # of one matrix the sides are too short for it
+        in_bfloat16, in_float32 = found[f"{engine}: bytes in bfloat16, in float32"]
+        assert in_float32 / 2 < in_bfloat16 < 0.53 * in_float32
     assert found["sharded MarsShampoo: messages a step"] == {"all_reduce": 1, "all_to_all_single": 2}
 
 

@@ -121,7 +121,8 @@ def test_two_steps_at_once_are_no_rougher_in_bfloat16(decay, monkeypatch):
     u, s, v = with_singular_values(sigma, 64, 256)
     matrix = (u @ s.diag() @ v.T).float()
     exact = reference.newton_schulz(matrix.double(), 5)
-    monkeypatch.setattr(module, "_takes_bfloat16", lambda x: True)
+    monkeypatch.setattr(module, "CPU_HAS_BFLOAT16_UNITS", True)
+    monkeypatch.setattr(module, "MIN_BFLOAT16", 1)
     errors = {}
     for wide in (2, 1000):
         monkeypatch.setattr(module, "WIDE", wide)

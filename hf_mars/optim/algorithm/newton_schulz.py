@@ -25,15 +25,16 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to six times (AMX) faster. Other CPUs compute in
     float32. float64 stays float64.
     """
-    return orthogonalize([matrix], steps)[0]
+    return orthogonalize([matrix], steps)[0].to(matrix.dtype)
 
 
 def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor]:
     """The same for tensors of one shape (…, m, n), m ≤ n, in batched products: fewer launches, busier cores."""
     x = torch.stack(matrices)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    # Rounded before all else, so that matrices may be sent in bfloat16.
+    x = x.to(torch.bfloat16 if has_bfloat16(x) and in_bfloat16(x.shape, x) else dtype)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
-    x = x.to(torch.bfloat16 if _takes_bfloat16(x) else dtype)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
@@ -44,7 +45,7 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
         x = _two_steps(x)
     for _ in range(steps - 2 * pairs):
         x = _one_step(x)
-    return [y.to(matrices[0].dtype) for y in x.view(len(matrices), *matrices[0].shape)]
+    return list(x.view(len(matrices), *matrices[0].shape))
 
 
 def _one_step(x: Tensor) -> Tensor:
@@ -85,10 +86,17 @@ CPU_HAS_BFLOAT16_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx
 MIN_BFLOAT16 = 128
 
 
-def _takes_bfloat16(matrix: Tensor) -> bool:
-    if matrix.dtype == torch.float64:
-        return False
-    return not matrix.is_cpu or (CPU_HAS_BFLOAT16_UNITS and min(matrix.shape[-2:]) >= MIN_BFLOAT16)
+def has_bfloat16(like: Tensor) -> bool:
+    """Whether the device of `like` has units for products in bfloat16."""
+    return not like.is_cpu or CPU_HAS_BFLOAT16_UNITS
+
+
+def in_bfloat16(shape: torch.Size, like: Tensor) -> bool:
+    """Whether matrices of shape (…, m, n) take the iteration in bfloat16 where there are such units.
+
+    `like` has their dtype and device.
+    """
+    return like.dtype != torch.float64 and (not like.is_cpu or min(shape[-2:]) >= MIN_BFLOAT16)
 
 
 def orthogonalize_svd(matrix: Tensor) -> Tensor:
@@ -114,7 +122,8 @@ def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
         steps: Newton–Schulz iterations; None takes the singular value decomposition.
 
     Returns:
-        Their (approximate) orthogonal polar factors, in the given order.
+        Their (approximate) orthogonal polar factors, in the given order; those of the iteration in the dtype in which
+        it computes.
     """
     if steps is None:
         return [orthogonalize_svd(x) for x in matrices]

@@ -55,7 +55,8 @@ def why_not(batch: Batch) -> str | None:
         return "plain AdamW has a fused one there"
     able = _cpu is not None
     if _needs_an_exchange(batch):  # where all ranks have to do the same
-        able = all_ranks_can(able, batch.parts, batch.params[0].device)
+        groups = dict.fromkeys(group for part in batch.parts for group in part.sums_over)
+        able = all_ranks_can("compiled step", able, groups, batch.params[0].device)
     if not able:
         return "the compiled step is missing (no C compiler at installation, or torch's threads are not OpenMP's)"
     averages = [batch.exp_avgs, batch.exp_avg_sqs] if group["update"] == "adamw" else [batch.exp_avgs]

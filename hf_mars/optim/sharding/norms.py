@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .devices import exchange_device
-from .parts import Part, Ranks
+from .parts import Part
 
 Function = Callable[[Tensor], Tensor]
 
@@ -33,7 +32,7 @@ def add_up(values: list[Tensor], parts: list[Part]) -> list[Tensor]:
 def _over_ranks(
     values: list[Tensor], parts: list[Part], before: Function | None = None, after: Function | None = None
 ) -> list[Tensor]:
-    """after(Σ before(value)) over the ranks that share a parameter; of parameters that every rank has whole, the value.
+    """after(Σ before(value)) over the ranks that share a parameter; the value, of one that every rank has whole.
 
     One small all-reduce for all tensors that are spread alike, and one launch for each function.
     """
@@ -57,23 +56,6 @@ def _over_ranks(
 def _squares(norms: Tensor) -> Tensor:
     """In a precision that holds the square of every float32, where the device has one."""
     return (norms if norms.device.type == "mps" else norms.double()).square()
-
-
-_agreed: weakref.WeakKeyDictionary[Ranks, bool] = weakref.WeakKeyDictionary()
-
-
-def all_ranks_can(able: bool, parts: list[Part], device: torch.device) -> bool:
-    """Whether every rank that holds parts of these parameters is able to do what this one is.
-
-    Asked once of each group of ranks, by an all-reduce; `able` is a property of the process, not of the moment.
-    """
-    for group in dict.fromkeys(group for part in parts for group in part.sums_over):
-        if group not in _agreed:
-            answer = torch.tensor(float(able), device=exchange_device(group, device))
-            dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
-            _agreed[group] = bool(answer.item())
-        able = able and _agreed[group]
-    return able
 
 
 def _local_norms(tensors: list[Tensor]) -> list[Tensor]:
