@@ -25,8 +25,9 @@ def check_engine(args: TrainingArguments, settings: dict[str, Any]) -> None:
         settings: the optimizer's keyword arguments; the constructor's defaults where they are missing.
 
     Raises:
-        ValueError: FSDP1; DeepSpeed in exact mode, with offload to NVMe, with its tensor parallelism, or with a
-            configuration that replaces the optimizer; several GPUs in one process in exact mode.
+        ValueError: FSDP1; Megatron-LM; DeepSpeed in exact mode, with offload to NVMe, with its tensor parallelism or
+            universal checkpoints, or with a configuration that replaces the optimizer; several GPUs in one process in
+            exact mode.
     """
     name = f"optim={optim_name(args)!r}"
     exact = settings.get("exact", mars_default("exact"))
@@ -34,6 +35,11 @@ def check_engine(args: TrainingArguments, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{name} does not work with FSDP1, which gives the optimizer flat slices of the parameters; use FSDP2: "
             'fsdp_version: 2 in accelerate\'s configuration, or fsdp_config={"version": 2}'
+        )
+    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            f"{name} does not work with Megatron-LM, which makes optimizers of its own for its pipeline and tensor "
+            "parallelism; use FSDP2 (fsdp_version: 2)"
         )
     if args.deepspeed_plugin is not None:
         _check_deepspeed(name, args.deepspeed_plugin.hf_ds_config.config, exact)
@@ -68,15 +74,41 @@ def _check_deepspeed(name: str, config: dict[str, Any], exact: bool) -> None:
             f'{name} does not work with DeepSpeed\'s tensor parallelism ("autotp_size": {tensor_parallel!r}), whose '
             "parameters are slices of matrices and do not say so; remove it there, or use FSDP2 (fsdp_version: 2)"
         )
-    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    device = offload.get("device") or "none"
-    if device == "nvme":
+    if (config.get("checkpoint") or {}).get("load_universal"):
         raise ValueError(
-            f"{name} does not work with DeepSpeed's offload_optimizer to NVMe, which swaps the states of DeepSpeed's "
-            'own optimizers only; use "device": "cpu"'
+            f'{name} does not resume from DeepSpeed\'s universal checkpoints ("load_universal": true), which keep '
+            "Adam's two averages alone and would drop g_{t−1}; resume on as many processes as have saved, or use "
+            "FSDP2 (fsdp_version: 2), whose checkpoints resume on any number"
         )
-    if device != "none":
-        _keep_optimizer(name, config, device)
+    zero = config.get("zero_optimization") or {}
+    if zero.get("zenflow"):
+        raise ValueError(
+            f'{name} does not work with DeepSpeed\'s "zenflow", which takes steps of AdamW; remove it from the '
+            "DeepSpeed configuration"
+        )
+    _check_offload(name, config, zero)
+
+
+def _check_offload(name: str, config: dict[str, Any], zero: dict[str, Any]) -> None:
+    """What DeepSpeed may move to CPUs and disks."""
+    settings = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
+    for key, offload in settings.items():
+        if offload.get("device") == "nvme":
+            raise ValueError(
+                f"{name} does not work with DeepSpeed's {key} to NVMe, which swaps the states of DeepSpeed's own "
+                'optimizers only; use "device": "cpu"'
+            )
+    offload = settings["offload_optimizer"]
+    device = offload.get("device") or "none"
+    if device == "none":
+        return
+    if offload.get("super_offload") or offload.get("ratio", 1.0) != 1.0:
+        key, value = ("super_offload", "true") if offload.get("super_offload") else ("ratio", offload["ratio"])
+        raise ValueError(
+            f'{name} does not work with "{key}": {value} in DeepSpeed\'s offload_optimizer, which takes steps of '
+            f"DeepSpeed's AdamW; remove it there"
+        )
+    _keep_optimizer(name, config, device)
 
 
 def _keep_optimizer(name: str, config: dict[str, Any], device: str) -> None:

@@ -73,8 +73,8 @@ def test_deepspeed_does_not_replace_the_optimizer(optim, make_arguments):
     deepspeed_refuses(make_arguments, '"optimizer"', f"optim={optim!r}", config=adam, optim=optim)
 
 
-def offloading(device, **more):
-    return {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}, **more}
+def offloading(device, ratio=1.0, **more):
+    return {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device, "ratio": ratio}}, **more}
 
 
 @NEEDS_DEEPSPEED
@@ -97,6 +97,37 @@ def test_offloading_keeps_the_optimizer(make_arguments, caplog):
 @NEEDS_DEEPSPEED
 def test_deepspeed_refuses_nvme(make_arguments):
     deepspeed_refuses(make_arguments, "NVMe", '"device": "cpu"', config=offloading("nvme"), optim="mars_adamw")
+    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "disk"}}}
+    deepspeed_refuses(make_arguments, "NVMe", "offload_param", config=config, optim="mars_adamw")
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("key, value", [("ratio", 0.3), ("super_offload", True)])
+def test_deepspeed_does_not_take_part_of_the_steps(key, value, make_arguments):
+    """By an AdamW of its own, beside ours."""
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", key: value}}}
+    deepspeed_refuses(make_arguments, f'"{key}"', "AdamW", config=config, optim="mars_lion")
+    config["zero_optimization"]["offload_optimizer"].update(ratio=1.0, super_offload=False)
+    make_arguments(optim="mars_lion", deepspeed={"train_micro_batch_size_per_gpu": 8, **config})
+
+
+@NEEDS_DEEPSPEED
+def test_deepspeed_refuses_zenflow(make_arguments):
+    config = {"zero_optimization": {**offloading("cpu")["zero_optimization"], "zenflow": {"topk_ratio": 0.1}}}
+    deepspeed_refuses(make_arguments, '"zenflow"', config=config, optim="mars_adamw")
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("optim", VARIANTS)
+def test_universal_checkpoints_are_refused(optim, make_arguments):
+    config = {"checkpoint": {"load_universal": True}}
+    deepspeed_refuses(make_arguments, '"load_universal": true', "g_{t−1}", config=config, optim=optim)
+
+
+def test_megatron_is_refused(make_arguments):
+    """`accelerate launch --use_megatron_lm`, which is how to come by pipeline parallelism."""
+    environment = {"ACCELERATE_USE_MEGATRON_LM": "true"}
+    refused(make_arguments, "Megatron-LM", "pipeline", "FSDP2", environment=environment, optim="mars_m")
 
 
 @NEEDS_DEEPSPEED
@@ -145,7 +176,20 @@ REFUSED = {
         "optim": "mars_m",
         "deepspeed": {**ZERO_2, "tensor_parallel": {"autotp_size": 2}},
     },
+    "DeepSpeed, a part offloaded": {
+        "optim": "mars_lion",
+        "deepspeed": {**ZERO_2, **offloading("cpu", ratio=0.5)},
+    },
+    "DeepSpeed, ZenFlow": {
+        "optim": "mars_m",
+        "deepspeed": {**ZERO_2, "zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+    },
+    "DeepSpeed, universal checkpoint": {
+        "optim": "mars_m",
+        "deepspeed": {**ZERO_2, "checkpoint": {"load_universal": True}},
+    },
     "DeepSpeed, its optimizer": {"optim": "mars_lion", "deepspeed": {**ZERO_2, "optimizer": {"type": "AdamW"}}},
+    "Megatron-LM": {"optim": "mars_m"},
     "DataParallel, exact": {"optim": "mars_lion", "optim_args": "exact=true"},
 }
 
@@ -155,6 +199,8 @@ REFUSED = {
 def test_the_documented_errors_are_the_printed_ones(asked_for, make_arguments, monkeypatch):
     if asked_for.startswith("DataParallel"):
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    if asked_for == "Megatron-LM":
+        monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     document = (ROOT / "docs" / "distributed.md").read_text()
     (documented,) = re.findall(rf"^\| {asked_for} \| `(.*)` \|$", document, re.MULTILINE)
     with pytest.raises(ValueError) as error:

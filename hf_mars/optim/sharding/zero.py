@@ -8,13 +8,16 @@ one step() each. The parameters themselves live on in the model, and tell what l
   they are wrong with round_robin_gradients.)
 - stage 3: every parameter is cut into as many pieces of `partition_numel()` elements as there are ranks, the last ones
   padded, and the pieces lie in the flat tensor one after the other.
+
+None of it is DeepSpeed's promise. So the values are compared, once: between steps the flat tensor has those of the
+parameters, which are its rounded copies.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -96,49 +99,51 @@ class Originals:
         params = self._of(group)
         try:
             find = _stage_3 if params and hasattr(params[0], "ds_id") else _stages_1_and_2
-            found = find(flat, params) if params else []
-        except (AttributeError, TypeError, ValueError) as error:  # another version works otherwise
+            found = list(find(flat, params)) if params else []
+            if not found or not all(_is_copied_there(flat, *pair) for pair in found):
+                raise ValueError("the values in the flat tensor are not those of the parameters")
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # another version works otherwise
             raise _not_found(flat, group) from error
-        if not found or not _are_within(found, flat):
-            raise _not_found(flat, group)
-        return list(found)
+        return [part for part, _ in found]
 
 
-def _stages_1_and_2(flat: Tensor, params: list[Tensor]) -> list[Slice]:
+def _stages_1_and_2(flat: Tensor, params: list[Tensor]) -> Iterator[tuple[Slice, Tensor]]:
+    """The slices of `params`, beside their values in the model."""
     group: Ranks = params[0]._dp_group  # type: ignore[attr-defined]  # DeepSpeed's
     buffer, length = params[0].untyped_storage(), flat.numel()
-    if any(param.untyped_storage().data_ptr() != buffer.data_ptr() for param in params):
-        return []
     if buffer.nbytes() != length * group.size() * params[0].element_size():
-        return []
-    slices = []
+        raise ValueError(f"the parameters' buffer has {buffer.nbytes()} bytes")
     for param in params:
+        if param.untyped_storage().data_ptr() != buffer.data_ptr():
+            raise ValueError("the parameters have memory of their own")
         start = int(param.storage_offset())
         end = start + param.numel()
         shares = [(max(start, r * length), min(end, (r + 1) * length)) for r in range(group.size())]
         counts = tuple(max(0, last - first) for first, last in shares)
-        offset = max(0, start - group.rank() * length) if counts[group.rank()] else 0
-        slices.append(Slice(offset, param.shape, counts, group))
-    return slices
+        first, count = shares[group.rank()][0], counts[group.rank()]
+        part = Slice(first - group.rank() * length if count else 0, param.shape, counts, group)
+        yield part, param.detach().flatten().narrow(0, first - start if count else 0, count)
 
 
-def _stage_3(flat: Tensor, params: list[Tensor]) -> list[Slice]:
+def _stage_3(flat: Tensor, params: list[Tensor]) -> Iterator[tuple[Slice, Tensor]]:
+    """The slices of parameters, beside their values in the model."""
     zero: Any = params[0]._z3_optimizer  # type: ignore[attr-defined]
     (place,) = (i for i, own in enumerate(zero.fp32_partitioned_groups_flat) if own is flat)
-    slices, offset = [], 0
+    offset = 0
     for param in zero.fp16_groups[place]:
         group, elements, length = param.ds_process_group, param.ds_numel, param.partition_numel()
-        ranks = group.size()
-        if length != -(-elements // ranks):
-            return []
-        counts = tuple(max(0, min(length, elements - r * length)) for r in range(ranks))
-        slices.append(Slice(offset, torch.Size(param.ds_shape), counts, group))
+        if length != -(-elements // group.size()):
+            raise ValueError(f"a parameter of {elements} elements is in pieces of {length}")
+        counts = tuple(max(0, min(length, elements - r * length)) for r in range(group.size()))
+        part = Slice(offset, torch.Size(param.ds_shape), counts, group)
+        yield part, param.ds_tensor.detach().flatten().narrow(0, 0, counts[group.rank()])
         offset += length
-    return slices
 
 
-def _are_within(slices: list[Slice], flat: Tensor) -> bool:
-    return all(s.offset + s.counts[s.spread_over.rank()] <= flat.numel() for s in slices)
+def _is_copied_there(flat: Tensor, part: Slice, values: Tensor) -> bool:
+    """Whether the flat tensor has at `part`, before rounding, the values that the model computes with."""
+    there = part.of(flat.detach()).to(values.device, values.dtype)
+    return bool(torch.equal(torch.nan_to_num(there), torch.nan_to_num(values)))
 
 
 def _not_found(flat: Tensor, group: Mapping[str, Any]) -> RuntimeError:
