@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
 from hf_mars import MarsTrainingArguments
+from hf_mars.trainer.nodes import once_per_node
 
 from .adapters import find_base_model
 from .arguments import DEFAULT_VOCAB_SIZE
@@ -152,7 +153,7 @@ def find_start(arguments: Arguments) -> tuple[str | None, list[Path]]:
         if run_args.global_batch_size is not None:
             set_accumulation(run_args.global_batch_size, training_args)
         if training_args.do_train:
-            checkpoint = checkpoint_to_resume(training_args, run_args)
+            checkpoint = once_per_node(training_args, lambda: checkpoint_to_resume(training_args, run_args))
             if run_args.overwrite_output_dir:
                 sources = [model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name]
                 stale = files_of_previous_run(Path(str(training_args.output_dir)), sources)

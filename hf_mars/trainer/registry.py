@@ -1,6 +1,6 @@
 """Makes MARS's names valid values of `TrainingArguments.optim` that every Trainer can use, by changing transformers.
 
-Four modules of transformers are changed, each when a script imports it (`on_import`): `import hf_mars` alone imports
+Five modules of transformers are changed, each when a script imports it (`on_import`): `import hf_mars` alone imports
 neither transformers nor torch. Functions that are put into them import the rest of this package when they are called.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,12 @@ def register() -> None:
     when_imported("transformers.training_args", _add_names)
     when_imported("transformers.trainer_optimizer", _add_handlers)
     when_imported("transformers.modelcard", _describe_in_cards)
+    when_imported("transformers.trainer", _add_to_trainer)
 
 
 def diagnose_every_trainer() -> None:
     """Give each Trainer made from now on a `MarsDiagnosticsCallback`, before its reporters."""
-    when_imported("transformers.trainer", _add_callback)
+    when_imported("transformers.trainer", _add_to_trainer_with_diagnostics)
 
 
 def log_every_trainer() -> None:
@@ -164,12 +166,29 @@ def _with_mars(extract: Callable[[Trainer], dict[str, Any]]) -> Callable[[Traine
     return extract_with_mars
 
 
-# ---- transformers.trainer: diagnostics in every Trainer, where they are asked for ----
+# ---- transformers.trainer: no rotation during a save; diagnostics in every Trainer, where they are asked for ----
 
 
-def _add_callback(trainer: ModuleType) -> None:
+def _add_to_trainer(trainer: ModuleType) -> None:
+    wrap_once(trainer, "rotate_checkpoints", _after_saving)
+
+
+def _after_saving(rotate: Callable[..., None]) -> Callable[..., None]:
+    """Delete no old checkpoint as long as one is being saved: MarsTrainer deletes when it is whole."""
+
+    def rotate_after_saving(output_dir: str, *args: Any, **kwargs: Any) -> None:
+        from .checkpoint_saving import being_saved
+
+        if Path(output_dir) not in being_saved:
+            rotate(output_dir, *args, **kwargs)
+
+    return rotate_after_saving
+
+
+def _add_to_trainer_with_diagnostics(trainer: ModuleType) -> None:
     from .callbacks import MarsDiagnosticsCallback
 
+    _add_to_trainer(trainer)
     if MarsDiagnosticsCallback not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)
 
