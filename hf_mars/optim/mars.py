@@ -19,7 +19,7 @@ from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_
 from .hyperparameters import check_hyperparameters, dtype_name
 from .last_grad import LastNorms
 from .sharding import Replicas
-from .state import check_updates, load_dtypes
+from .state import FORMAT, FORMAT_KEY, check_state_dict, load_dtypes
 
 # Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
 _SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
@@ -226,13 +226,18 @@ class Mars(Optimizer):
     # ---- state dict ----
 
     @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with the version of its format under "hf_mars_format"."""
+        return {**super().state_dict(), FORMAT_KEY: FORMAT}
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict() of the same optimizer class over the same groups.
 
         Raises:
-            ValueError: it belongs to another MARS variant, or its groups do not match.
+            ValueError: it belongs to another optimizer, its groups do not match, or values in it are not allowed.
         """
-        check_updates(state_dict["param_groups"], self.param_groups, type(self).__name__)
+        check_state_dict(state_dict, self.param_groups, type(self).__name__)
         super().load_state_dict(state_dict)
         load_dtypes(state_dict, self.param_groups, self.state)
 

@@ -50,6 +50,8 @@ class MarsTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.checkpoint_checksums not in ("small", "full"):
             raise ValueError(f"checkpoint_checksums must be 'small' or 'full', got {self.checkpoint_checksums!r}")
+        # Which betas were given: a resumed run takes those, and keeps the others as they were saved.
+        self.given_betas = tuple(name for name in MARS_BETAS if getattr(self, name) is not None)
         for name, mars_beta in MARS_BETAS.items():
             if getattr(self, name) is None:
                 setattr(self, name, transformers_default(name) if mars_name(self) is None else mars_beta)

@@ -1,7 +1,7 @@
 """Which checkpoints of a Trainer are whole: the manifest that says so, and what is found wrong without one.
 
-A save begins by leaving transformers' own mark of an unfinished checkpoint and removing the folder's manifest. It ends,
-when the files of all processes are there, by writing the manifest and removing the mark. Imports the standard library
+A save begins by leaving transformers' own mark of an unfinished checkpoint and removing the folder's manifest; it ends
+by writing the manifest when the files of all processes are there, and removing the mark. Imports the standard library
 alone.
 """
 

@@ -166,11 +166,13 @@ def _with_mars(extract: Callable[[Trainer], dict[str, Any]]) -> Callable[[Traine
     return extract_with_mars
 
 
-# ---- transformers.trainer: no rotation during a save; diagnostics in every Trainer, where they are asked for ----
+# ---- transformers.trainer: saving, resuming; diagnostics in every Trainer, where they are asked for ----
 
 
 def _add_to_trainer(trainer: ModuleType) -> None:
     wrap_once(trainer, "rotate_checkpoints", _after_saving)
+    wrap_once(trainer.Trainer, "create_optimizer", _remembered)
+    wrap_once(trainer.Trainer, "_load_optimizer_and_scheduler", _with_settings_given)
 
 
 def _after_saving(rotate: Callable[..., None]) -> Callable[..., None]:
@@ -183,6 +185,34 @@ def _after_saving(rotate: Callable[..., None]) -> Callable[..., None]:
             rotate(output_dir, *args, **kwargs)
 
     return rotate_after_saving
+
+
+def _remembered(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Note how a MARS optimizer was made from its name, but for one that the user has made."""
+
+    def create_and_remember(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        optimizer = create(self, *args, **kwargs)
+        if is_new and mars_name(self.args) is not None:
+            from .resuming import remember
+
+            remember(optimizer, self.args)
+        return optimizer
+
+    return create_and_remember
+
+
+def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
+    """Settings that the arguments give take effect after a checkpoint is loaded."""
+
+    def load_then_apply(self: Trainer, checkpoint: str | None) -> None:
+        load(self, checkpoint)
+        if checkpoint is not None and mars_name(self.args) is not None:
+            from .resuming import apply_given
+
+            apply_given(self)
+
+    return load_then_apply
 
 
 def _add_to_trainer_with_diagnostics(trainer: ModuleType) -> None:
