@@ -142,8 +142,8 @@ def _check_structure(mars: Mars, made: Made, saved: Group, own: Group) -> None:
 
     def refuse(setting: str, old: Any, new: Any) -> None:
         raise ValueError(
-            f"the checkpoint was saved with {setting}={old!r}, but this run ({made.name}) has {setting}={new!r}, which "
-            "gives its state another meaning: go on with the setting that it was saved with, or start a new run from "
+            f"the checkpoint was saved with {setting}={old!r}, but this run ({made.name}) has {setting}={new!r}, "
+            "which gives its state another meaning: go on with the setting that it was saved with, or start a new run from "
             "its weights"
         )
 
@@ -162,7 +162,7 @@ def _check_structure(mars: Mars, made: Made, saved: Group, own: Group) -> None:
 
 
 def _differences(mars: Mars, saved: Group, own: Group) -> Iterator[tuple[str, str, Any, Any]]:
-    """(name in optim_args, key of the group, saved value, this run's value) of what differs, but for learning rates."""
+    """What differs but for learning rates: (name in optim_args, key of the group, saved value, this run's value)."""
     plain = _is_plain(mars, own)
     for key in CHANGEABLE:
         if key in own and key in saved and saved[key] != own[key] and not (plain and key in ("gamma", "max_norm")):
@@ -208,7 +208,7 @@ def _apply_learning_rates(
         if "initial_lr" in group:
             group["initial_lr"] = new
         bases[i] = new
-    if hasattr(scheduler, "_last_lr"):
+    if scheduler is not None and hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = [group["lr"] for group in mars.param_groups]
 
 

@@ -156,7 +156,7 @@ def test_states_are_converted_and_the_run_goes_on(saved, tmp_path):
 
 def test_a_checkpoint_of_adamw_is_refused_with_the_way_out(tmp_path):
     run(tmp_path, "adamw_torch", optim_args=None)
-    with pytest.raises(ValueError, match="not one of MARS's.*hf_mars.optim.from_adamw"):
+    with pytest.raises(ValueError, match=r"not one of MARS's.*hf_mars.optim.from_adamw"):
         resume(tmp_path / "checkpoint-2", tmp_path)
 
 
