@@ -84,6 +84,11 @@ class ModelArguments:
         return self.model_name_or_path is not None
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether adapters alone are trained and saved."""
+        return self.lora_r is not None or self.base_model is not None
+
+    @property
     def trains_tokenizer(self) -> bool:
         """Whether there is no tokenizer yet."""
         return self.tokenizer_name is None and not self.is_pretrained

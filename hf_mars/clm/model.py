@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from .adapters import load_adapters, new_adapters
@@ -56,6 +58,38 @@ def override_config(config: PreTrainedConfig, overrides: str) -> None:
         config.update_from_string(overrides)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--config_overrides {overrides}: {error}") from error
+
+
+def count_parameters(config: PreTrainedConfig, model_args: ModelArguments, vocab_size: int | None) -> int:
+    """The number of a model's parameters, from a model without memory.
+
+    Args:
+        config: of the model.
+        vocab_size: of the tokenizer that is to be trained for it; None: that of the configuration.
+
+    Raises:
+        UsageError: no model can be made of the configuration.
+    """
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    if vocab_size is not None:
+        text_config.vocab_size = vocab_size
+    layers = getattr(text_config, "num_hidden_layers", None)
+    source = (
+        f"--config_overrides {model_args.config_overrides}"
+        if model_args.config_overrides
+        else f"--config_name {model_args.config_name}"
+        if model_args.config_name
+        else f"--model_name_or_path {model_args.model_name_or_path}"
+    )
+    try:
+        if layers is not None and layers < 1:
+            raise ValueError(f"{layers} layers")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    except Exception as error:  # each of a hundred models has its own
+        raise UsageError(f"{source}: is no {config.model_type} model: {type(error).__name__}: {error}") from error
+    return int(model.num_parameters())
 
 
 def choose_block_size(block_size: int | None, config: PreTrainedConfig) -> int:

@@ -1,5 +1,7 @@
 """The output folder: where a run starts, and what it may remove there."""
 
+import os
+import shutil
 from pathlib import Path
 
 from hf_mars import MarsTrainingArguments
@@ -13,6 +15,46 @@ from .log import logger
 
 RESULT_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 _WEIGHTS_ALONE = "; start a new run from its weights with --model_name_or_path"
+
+
+def check_writable(output_dir: Path) -> None:
+    """Raise UsageError if nothing can be written to output_dir, or it cannot be made."""
+    try:
+        existing = _existing(output_dir)
+        why = "is no folder" if not existing.is_dir() else "may not be written to"
+        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+            return
+    except OSError as error:
+        existing, why = output_dir.absolute(), str(error.strerror)
+    where = "" if existing == output_dir.absolute() else f"{existing} "
+    raise UsageError(f"--output_dir {output_dir}: {where}{why}; choose another folder")
+
+
+def check_space(output_dir: Path, parameters: int, dtype: str | None) -> None:
+    """Raise UsageError if there is no space for a checkpoint: the weights and as much again, the least that an
+    optimizer keeps.
+
+    Args:
+        parameters: number of the model's.
+        dtype: of its weights, as in --dtype; float32 if None.
+    """
+    least = 2 * parameters * (2 if dtype in ("bfloat16", "float16") else 4) / 2**20
+    free = shutil.disk_usage(_existing(output_dir)).free / 2**20
+    if free < least:
+        raise UsageError(
+            f"--output_dir {output_dir}: a checkpoint takes at least {least:,.0f} MiB, and {free:,.0f} MiB are free "
+            "there; choose another disk, or --save_strategy no"
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _existing(path.parent)
+    return path
 
 
 def checkpoint_to_resume(training_args: MarsTrainingArguments, run_args: RunArguments) -> str | None:

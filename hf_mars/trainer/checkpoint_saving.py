@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,16 @@ def is_write_error(error: BaseException) -> bool:
     text = str(error)
     return type(error).__name__ in ("RuntimeError", "SafetensorError") and (
         "failed writing file" in text or "I/O error" in text or "os error" in text or "unexpected pos" in text
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether that was for want of space."""
+    return is_write_error(error) and (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left" in str(error)
+        or "failed writing file" in str(error)
+        or "unexpected pos" in str(error)
     )
 
 

@@ -143,8 +143,8 @@ def _check_structure(mars: Mars, made: Made, saved: Group, own: Group) -> None:
     def refuse(setting: str, old: Any, new: Any) -> None:
         raise ValueError(
             f"the checkpoint was saved with {setting}={old!r}, but this run ({made.name}) has {setting}={new!r}, "
-            "which gives its state another meaning: go on with the setting that it was saved with, or start a new run from "
-            "its weights"
+            "which gives its state another meaning: go on with the setting that it was saved with, or start a new run "
+            "from its weights"
         )
 
     for key in ("kind", "update", "layout", "exact"):

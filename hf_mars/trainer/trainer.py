@@ -18,6 +18,7 @@ from .callbacks import MarsDiagnosticsCallback, mars_optimizer
 from .checkpoint_saving import checkpoint_to_load, whole_checkpoint
 from .names import mars_name
 from .options import optimizer_cls_and_kwargs
+from .signals import StopOnSignal
 
 
 class _Update(NamedTuple):
@@ -41,6 +42,9 @@ class MarsTrainer(Trainer):
 
     Checkpoints are whole or do not count (docs/reliability.md): each gets a manifest of its files, written last.
 
+    After SIGTERM, SIGINT or SIGUSR1 the update is finished, a checkpoint saved and the process ended with 128 + the
+    signal's number, unless the process has a handler of its own for it.
+
     Where a subclass overrides `training_step` or `compute_loss`, its method is called for both evaluations.
 
     Args:
@@ -61,6 +65,8 @@ class MarsTrainer(Trainer):
         self._pushes: list[str] | None = None  # checkpoints to push once they are whole; None: at once
         super().__init__(model, args, *rest, **kwargs)
         self.add_callback(_UpdateBegins(self))
+        self._stop_on_signal = StopOnSignal()
+        self.add_callback(self._stop_on_signal)
         if getattr(self.args, "mars_diagnostics", True):
             MarsDiagnosticsCallback().attach(self)
 
@@ -103,9 +109,11 @@ class MarsTrainer(Trainer):
 
         Raises:
             CheckpointError: the checkpoint that is named, or with True every one, is not whole.
+            TrainingStopped: a SystemExit, after a signal (`hf_mars.trainer.signals`).
         """
         checkpoint = checkpoint_to_load(self.args, resume_from_checkpoint)
-        return super().train(checkpoint, *args, **kwargs)
+        with self._stop_on_signal.listening():
+            return super().train(checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

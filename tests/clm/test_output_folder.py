@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from clm_helpers import log_history, parse, run_main
 
 from hf_mars.clm.errors import UsageError
 from hf_mars.clm.output_folder import checkpoint_to_resume
+from hf_mars.clm.run import main
 
 
 def make_checkpoint(folder, step, *, complete=True, optimizer=True):
@@ -85,6 +87,27 @@ def test_auto_starts_anew_where_no_checkpoint_is_whole_and_says_so(tmp_path, cap
     with caplog.at_level(logging.WARNING, "run_clm"):
         assert checkpoint_to_resume(training_args, run_args) is None
     assert "not whole: checkpoint-10 (trainer_state.json is missing); the run starts anew" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [("a_file", "is no folder"), ("a_file/out", "a_file is no folder"), ("n" * 300, "File name too long")],
+)
+def test_a_folder_that_cannot_be_written(tmp_path, name, why):
+    (tmp_path / "a_file").touch()
+    with pytest.raises(UsageError, match=f"--output_dir .*{why}; choose another folder"):
+        run_main("--output_dir", tmp_path / name)
+
+
+def test_no_space_for_a_checkpoint(tmp_path, monkeypatch):
+    """At least the weights and one tensor of state, where n = 512: n (300 + 32) + 12 n² + 15 n parameters."""
+    model = ("--config_overrides", "n_layer=1,n_head=2,n_embd=512,n_positions=32", "--vocab_size", 300)
+    least = 2 * 4 * 3_323_392 / 2**20
+    run = ["--output_dir", tmp_path, *model, "--do_train", "--max_steps", 1, "--use_cpu", "--report_to", "none"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(UsageError, match=f"a checkpoint takes at least {least:.0f} MiB, and 1 MiB are free there"):
+        main([*map(str, run)])
+    run_main("--output_dir", tmp_path / "no", "--do_train", "--max_steps", 1, "--save_strategy", "no")
 
 
 def test_overwriting_removes_what_training_wrote_and_nothing_else(tmp_path, caplog):
