@@ -6,6 +6,7 @@ from typing import Any
 from .files import is_token_bin
 
 DEFAULT_VOCAB_SIZE = 2048
+LARGEST_VOCAB_SIZE = 2**24
 DEFAULT_BLOCK_SIZE = 1024
 
 

@@ -44,7 +44,9 @@ def command(program: str) -> None:
     try:
         main(program=program)
     except UsageError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # From a data loader's worker it comes with that one's traceback before it.
+        message = str(error).rpartition("UsageError: ")[2]
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if not (isinstance(error, CheckpointError) or is_disk_full(error)):
