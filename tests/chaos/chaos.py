@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 
 import conftest  # noqa: E402, F401  the tests' environment
 
-from chaos.runs import MOMENTS, Moment, Setup, result_of, start, wait, warm_up  # noqa: E402
+from chaos.runs import MOMENTS, Moment, Setup, log_of, result_of, start, wait, warm_up  # noqa: E402
 from hf_mars.trainer.checkpoints import checkpoints_in, fault  # noqa: E402
 
 ARGUMENTS = {"approx": "gamma=0.3", "exact": "gamma=0.3,exact=true", "no clip": "gamma=0.3,max_norm=none"}
@@ -33,6 +33,7 @@ SETUPS = [
     for arguments in ARGUMENTS.values()
 ]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PAGE = 4096
 DAMAGES = ("missing", "cut", "empty", "zeros", "flipped")
 
 
@@ -60,6 +61,7 @@ class Chaos:
         self.counts = collections.Counter()
         self.undisturbed = {}
         self.seconds = {}
+        self.sizes = {}  # of a checkpoint, in bytes on a tmpfs
         warm_up(self.work / "warm")
 
     def baseline(self, setup):
@@ -73,10 +75,14 @@ class Chaos:
             if any(codes):
                 raise SystemExit(f"the undisturbed run of {setup} failed: {codes}\n{self.log(folder)}")
             self.undisturbed[setup] = result_of(folder)
+            self.sizes[setup] = sum(
+                -(-path.stat().st_size // PAGE) * PAGE for path in checkpoints_in(folder / "out")[-1].rglob("*")
+            )
         return self.undisturbed[setup]
 
     def log(self, folder):
-        return "".join(path.read_text()[-3000:] for path in sorted(folder.glob("log-*.txt")))
+        logs = [log_of(folder, rank) for rank in range(2)]
+        return "".join(path.read_text()[-3000:] for path in logs if path.exists())
 
     def run(self, setup, disturbances):
         """One run to its end, with up to that many disturbances."""
@@ -124,8 +130,12 @@ class Chaos:
 
     def stop(self, setup, folder):
         signum = self.chance.choice(SIGNALS)
+        started = folder / "started.json"
+        started.unlink(missing_ok=True)
         pids = start(setup, folder)
-        time.sleep(self.chance.uniform(0, self.seconds[setup]))
+        while not started.exists():
+            time.sleep(0.005)
+        time.sleep(self.chance.uniform(0.1, 0.7) * self.seconds[setup])
         for pid in pids if self.chance.random() < 0.5 else [self.chance.choice(pids)]:
             os.kill(pid, signum)
         self.counts["signals"] += 1
@@ -148,18 +158,20 @@ class Chaos:
                 self.counts["torn files unnoticed"] += 1
         return wait(start(setup, folder, Moment("optimizer", self.chance.randrange(1, 4))))
 
-    def fill_disk(self, setup):
-        """A small tmpfs with a ballast that leaves no space for the third save; needs root."""
+    def fill_disk(self, setup, checkpoints=None):
+        """A small tmpfs with a ballast that leaves space for that many checkpoints; needs root."""
         expected = self.baseline(setup)
         folder = self.work / "disk"
         folder.mkdir(exist_ok=True)
-        mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(folder)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16M", "tmpfs", str(folder)]
         if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
             self.counts["full disks not tried (no root)"] += 1
             return
         try:
             ballast = folder / "ballast"
-            ballast.write_bytes(bytes(self.chance.randrange(1_550_000, 1_850_000)))
+            fit = self.chance.uniform(0.2, 2.5) if checkpoints is None else checkpoints
+            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            ballast.write_bytes(bytes(free - int(fit * self.sizes[setup])))
             codes = wait(start(setup, folder))
             text = self.log(folder)
             if 1 in codes and "could not be saved" in text and "Traceback" not in text:

@@ -10,7 +10,6 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from launch_helpers import free_port
@@ -25,7 +24,7 @@ STEPS = 12
 # Functions at whose n-th call a run kills itself: the parts of a save, in their order.
 MOMENTS = {
     "begin": (checkpoints, "begin"),
-    "weights": (torch.nn.Module, "state_dict"),
+    "weights": (None, "_save"),
     "random state": (None, "_save_rng_state"),
     "optimizer": (None, "_save_optimizer_and_scheduler"),
     "manifest": (checkpoints, "_write_manifest"),
@@ -59,6 +58,11 @@ def warm_up(folder):
     GradientState._reset_state()
 
 
+def log_of(folder, rank):
+    """Where a process writes: beside the folder, which may be a full disk."""
+    return folder.with_name(f"{folder.name}-log-{rank}.txt")
+
+
 def start(setup, folder, moment=None):
     """Fork the processes of a run that goes on from what `folder` holds; their ids."""
     port = free_port()
@@ -73,7 +77,7 @@ def _fork(setup, folder, rank, port, moment):
     code = 70
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log = os.open(folder / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(log_of(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
         if setup.processes > 1:

@@ -3,7 +3,7 @@
 import pytest
 
 from chaos.chaos import Chaos
-from chaos.runs import MOMENTS, Moment, Setup, result_of, start, wait
+from chaos.runs import Moment, Setup, result_of, start, wait
 from hf_mars.trainer.checkpoints import checkpoints_in, newest_whole
 
 APPROX = Setup("mars_adamw", "gamma=0.3", 1)
@@ -21,7 +21,7 @@ def ends_like_the_undisturbed_one(chaos, setup, folder):
     assert result_of(folder) == chaos.baseline(setup)
 
 
-@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize("name", ["optimizer", "manifest"])  # make chaos has them all
 def test_a_kill_in_a_save(chaos, tmp_path, name):
     assert wait(start(APPROX, tmp_path, Moment(name, 3))) == [-9], chaos.log(tmp_path)
     assert newest_whole(tmp_path / "out").checkpoint is not None
@@ -48,7 +48,7 @@ def test_a_torn_file(chaos, tmp_path):
 
 
 def test_a_full_disk(chaos):
-    chaos.fill_disk(APPROX)
+    chaos.fill_disk(APPROX, checkpoints=1.5)
     if chaos.counts["full disks not tried (no root)"]:
         pytest.skip("mounting a small file system takes root")
     assert chaos.counts["full disks"] == 1 and not chaos.counts["differences"]
