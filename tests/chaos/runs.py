@@ -80,6 +80,7 @@ def _fork(setup, folder, rank, port, moment):
         log = os.open(log_of(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)  # a test runner has its own
         if setup.processes > 1:
             os.environ.update(
                 RANK=str(rank),
