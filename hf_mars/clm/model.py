@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config
@@ -129,11 +129,12 @@ def _pretrained(name: str, **options: Any) -> PreTrainedModel:
     """
     source = f"--model_name_or_path {name}"
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except (ImportError, ValueError):
         raise
     except Exception as error:  # safetensors, pickle, torch and zip files have errors of their own
         raise UsageError(f"{source}: its weights cannot be loaded: {type(error).__name__}: {error}") from error
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         logger.warning(
             f"{source}: {len(missing)} of its tensors are missing and begin at random: {', '.join(missing[:5])}"
@@ -142,7 +143,7 @@ def _pretrained(name: str, **options: Any) -> PreTrainedModel:
     for parameter, value in model.named_parameters():
         if not value.isfinite().all():
             raise UsageError(f"{source}: its weights are not finite (NaN or infinite) in {parameter}")
-    return model
+    return cast("PreTrainedModel", model)
 
 
 def load_model(config: PreTrainedConfig, model_args: ModelArguments) -> PreTrainedModel | PeftModel:
