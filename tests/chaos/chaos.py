@@ -130,10 +130,11 @@ class Chaos:
 
     def stop(self, setup, folder):
         signum = self.chance.choice(SIGNALS)
-        started = folder / "started.json"
+        started = folder / "started.json"  # written when the run begins
         started.unlink(missing_ok=True)
         pids = start(setup, folder)
-        while not started.exists():
+        deadline = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(self.chance.uniform(0.1, 0.7) * self.seconds[setup])
         for pid in pids if self.chance.random() < 0.5 else [self.chance.choice(pids)]:

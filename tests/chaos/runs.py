@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from launch_helpers import free_port
+from tqdm import tqdm
 from trainer_helpers import make_trainer
 from transformers.utils import logging
 
@@ -52,6 +54,8 @@ class Moment(NamedTuple):
 
 def warm_up(folder):
     """Make this process import all that a run needs, and forget that it was one."""
+    # Its own lock is one between processes, which a killed one would hold for ever.
+    tqdm.set_lock(threading.RLock())
     trainer = make_trainer(folder, max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -154,7 +158,11 @@ def _kill_at(trainer, moment):
 
 
 def wait(pids, timeout=120):
-    """The exit codes, negative for a signal. When one process was killed the others are, as a launcher does."""
+    """The exit codes, negative for a signal. When one process was killed the others are, as a launcher does.
+
+    Raises:
+        TimeoutError: one did not end.
+    """
     codes = {}
     deadline = time.monotonic() + timeout
     while len(codes) < len(pids):
@@ -163,9 +171,12 @@ def wait(pids, timeout=120):
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
         lost = any(code not in (0, 128 + 15, 128 + 2, 128 + 10) for code in codes.values())
-        if lost or time.monotonic() > deadline:
+        hung = time.monotonic() > deadline
+        if lost or hung:
             for pid in set(pids) - codes.keys():
                 os.kill(pid, signal.SIGKILL)
+        if hung:
+            raise TimeoutError(f"processes {pids} did not end in {timeout} seconds; ended: {codes}")
         time.sleep(0.005)
     return [codes[pid] for pid in pids]
 
