@@ -22,8 +22,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 
 import conftest  # noqa: E402, F401  the tests' environment
 
-from chaos.runs import MOMENTS, Moment, Setup, log_of, result_of, start, wait, warm_up  # noqa: E402
-from hf_mars.trainer.checkpoints import checkpoints_in, fault  # noqa: E402
+from chaos.runs import LOST, MOMENTS, Moment, Setup, log_of, result_of, start, wait, warm_up  # noqa: E402
+from hf_mars.trainer.checkpoints import MANIFEST, checkpoints_in, fault  # noqa: E402
 
 ARGUMENTS = {"approx": "gamma=0.3", "exact": "gamma=0.3,exact=true", "no clip": "gamma=0.3,max_norm=none"}
 SETUPS = [
@@ -111,6 +111,8 @@ class Chaos:
     def check(self, setup, codes, folder, attack):
         """Each process ends well, by its signal, by a kill of the launcher's or ours; anything else is unexpected."""
         allowed = {0, -9, *(128 + signum for signum in SIGNALS), *(-signum for signum in SIGNALS)}
+        if -9 in codes:  # what a launcher would end
+            allowed.add(LOST)
         if not set(codes) <= allowed:
             self.counts["unexpected ends"] += 1
             print(f"unexpected: {setup} after {attack}: {codes}\n{self.log(folder)}", flush=True)
@@ -151,12 +153,15 @@ class Chaos:
 
     def tear(self, setup, folder):
         newest = checkpoints_in(folder / "out")[-1]
-        files = sorted(path for path in newest.rglob("*") if path.is_file())
+        # Without its manifest a checkpoint is looked at as any Trainer's, and this one is whole.
+        files = sorted(path for path in newest.rglob("*") if path.is_file() and path.name != MANIFEST)
         if files and fault(newest) is None:
-            damage(self.chance.choice(files), self.chance.choice(DAMAGES), self.chance)
+            path, kind = self.chance.choice(files), self.chance.choice(DAMAGES)
+            damage(path, kind, self.chance)
             self.counts["torn files"] += 1
             if fault(newest) is None:
                 self.counts["torn files unnoticed"] += 1
+                print(f"unnoticed: {kind} {path}", flush=True)
         return wait(start(setup, folder, Moment("optimizer", self.chance.randrange(1, 4))))
 
     def fill_disk(self, setup, checkpoints=None):
@@ -174,8 +179,8 @@ class Chaos:
             free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
             ballast.write_bytes(bytes(free - int(fit * self.sizes[setup])))
             codes = wait(start(setup, folder))
-            text = self.log(folder)
-            if 1 in codes and "could not be saved" in text and "Traceback" not in text:
+            text = log_of(folder, 0).read_text()
+            if codes[0] == 1 and "could not be saved" in text and "Traceback" not in text:
                 self.counts["full disks"] += 1
             elif any(codes):
                 self.counts["unexpected ends"] += 1

@@ -23,6 +23,7 @@ from hf_mars.trainer.checkpoints import CheckpointError
 from hf_mars.trainer.signals import TrainingStopped
 
 STEPS = 12
+LOST = 71  # the exit code of a process whose peer is gone
 # Functions at whose n-th call a run kills itself: the parts of a save, in their order.
 MOMENTS = {
     "begin": (checkpoints, "begin"),
@@ -95,8 +96,10 @@ def _fork(setup, folder, rank, port, moment):
                 MASTER_PORT=port,
             )
         code = _run(setup, folder, rank, moment)
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        if "gloo/transport" in str(error):
+            code = LOST
     finally:
         os._exit(code)
 
