@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .host import reads_are_free
 
 Function = Callable[[list[Tensor]], list[Tensor]]
 Replicas = dist.ProcessGroup
@@ -89,13 +91,18 @@ def drop_gathered(params: list[Tensor]) -> None:
 # ---- norms ----
 
 
+def whole_value(norm: Tensor | float) -> Tensor | float:
+    """A norm that may be a DTensor, as torch.nn.utils.clip_grad_norm_ makes it, as a plain one."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def norms_of_wholes(tensors: list[Tensor], parts: list[Part]) -> list[Tensor]:
     """‖·‖₂ of each whole tensor, given this process's parts of them: 0-d tensors on their device."""
     norms = _local_norms(tensors)
     if all(part is WHOLE for part in parts):
         return norms
-    squares = add_up([norm.square() for norm in norms], parts)
-    return [square.sqrt_() for square in squares]
+    squares = add_up(_of_vectors(lambda norm: norm.to(_wider(norm)).square(), norms), parts)
+    return _of_vectors(lambda square: square.sqrt().to(norms[0].dtype), squares)
 
 
 def add_up(values: list[Tensor], parts: list[Part]) -> list[Tensor]:
@@ -118,19 +125,44 @@ def add_up(values: list[Tensor], parts: list[Part]) -> list[Tensor]:
 
 
 def _local_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """In float32 or better: a half precision can neither hold the squares nor add them up."""
-    if all(t.is_cpu and t.is_contiguous() for t in tensors):
+    """In float32 or better: a half precision can neither hold the squares nor add them up.
+
+    Squares of float32 numbers from 1e19 on need float64.
+    """
+    if all(t.is_contiguous() for t in tensors) and reads_are_free(tensors):
         # Twice as fast as torch's norm on CPUs.
         flat = [t.view(-1) if t.itemsize >= 4 else t.view(-1).float() for t in tensors]
-        return [torch.dot(t, t).sqrt() for t in flat]
+        squares = [torch.dot(t, t) for t in flat]
+        return [
+            square.sqrt() if math.isfinite(square) else torch.linalg.vector_norm(t, dtype=torch.float64).to(t.dtype)
+            for t, square in zip(flat, squares, strict=True)
+        ]
     results: dict[int, Tensor] = {}
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):
         by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(i)
     for dtype, indices in by_dtype.items():
-        values = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=dtype)
-        results.update(zip(indices, values, strict=True))
+        chosen = [tensors[i] for i in indices]
+        values = torch._foreach_norm(chosen, 2, dtype=torch.promote_types(dtype, _wider(chosen[0])))
+        results.update(zip(indices, _of_vectors(lambda norm: norm.to(dtype), values), strict=True))
     return [results[i] for i in range(len(tensors))]
+
+
+def _of_vectors(function: Callable[[Tensor], Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """`function` of each of many 0-d tensors, those of one dtype on one device at once."""
+    results: dict[int, Tensor] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, value in enumerate(values):
+        alike.setdefault((value.device, value.dtype), []).append(i)
+    for indices in alike.values():
+        vector = function(torch.stack([values[i] for i in indices]))
+        results.update(zip(indices, vector.unbind(), strict=True))
+    return [results[i] for i in range(len(values))]
+
+
+def _wider(tensor: Tensor) -> torch.dtype:
+    """What squares of a tensor's elements fit in, where its device has it."""
+    return torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32
 
 
 # ---- whole matrices ----

@@ -19,8 +19,10 @@ from .hyperparameters import check_hyperparameters, dtype_of
 from .last_grad import keep
 from .precision import AVERAGES, needs_compensation
 from .sharding import Part, part_of
+from .skipping import Skip
 
 State = dict[str, Any]
+Made = tuple[Tensor, frozenset[str]]  # a parameter, and the keys of its state before something was added
 
 
 def state_keys(dtype: torch.dtype, group: Group, form: Form) -> set[str]:
@@ -103,6 +105,29 @@ def make_state(param: Tensor, part: Part, grad: Tensor, state: State, group: Gro
         state.pop("compensation", None)
     elif "compensation" not in state:
         state["compensation"] = zeros("compensation")
+
+
+def unmake_states(made: list[Made], state: dict[Tensor, State], forms: dict[Tensor, Form]) -> None:
+    """Take back what `make_state` has added for a step that changes nothing."""
+    for param, keys in made:
+        forms.pop(param, None)
+        if keys:
+            state[param] = {key: value for key, value in state[param].items() if key in keys}
+        else:
+            del state[param]
+
+
+def begin_with_zero(made: list[Made], state: Mapping[Tensor, State], skip: Skip) -> None:
+    """Where only the device knows that a step changes nothing: let new states begin as if g_t were zero.
+
+    g_t is in them, as the first gradient. With zero, the first correction after it is that of g_0 = 0.
+    """
+    for param, keys in made:
+        flag = skip.flag(param.device)
+        for key in {"last_grad", "exp_avg"} - keys:
+            if flag is not None and key in state[param]:
+                own = part_of(param).of(state[param][key])
+                own.copy_(torch.where(flag > 0, torch.zeros_like(own), own))
 
 
 def _check_whole(param: Tensor, group: Group) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .correction import momentum
+from .correction import momentum, move
 from .newton_schulz import orthogonalize
 
 Function = Callable[[list[Tensor]], list[Tensor]]
@@ -27,6 +27,7 @@ def shampoo(
     layout: str,
     update_scales: list[float],
     on_wholes: Callable[[Function, list[Tensor]], list[Tensor]],
+    flag: Tensor | None = None,
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( s · NewtonSchulz(m_t) + λ x ).
 
@@ -39,6 +40,7 @@ def shampoo(
         layout: how the matrices are stored, see `hf_mars.optim.ParameterRole`.
         update_scales: s of each tensor, see `update_scale`.
         on_wholes: applies a function of whole tensors to this process's parts of them.
+        flag: for `correction.move`.
     """
     m = momentum(exp_avgs, c, beta1=beta1, gamma=gamma)
 
@@ -46,10 +48,8 @@ def shampoo(
         results = orthogonalize([as_matrix(x, layout) for x in wholes], ns_steps)
         return [result.reshape(x.shape) for result, x in zip(results, wholes, strict=True)]
 
-    for x, update, s in zip(params, on_wholes(orthogonal, m), update_scales, strict=True):
-        if weight_decay:
-            x.mul_(1 - lr * weight_decay)
-        x.add_(update, alpha=-lr * s)
+    updates = on_wholes(orthogonal, m)
+    move(params, updates, rates=[lr * s for s in update_scales], decay=1 - lr * weight_decay, flag=flag)
 
 
 def as_matrix(tensor: Tensor, layout: str) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from array import array
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn import Parameter
 from ..batch import Batch
 from ..form import Form
 from ..last_grad import LastNorms
+from ..skipping import Skip
 
 _cpu: ModuleType | None
 try:
@@ -67,19 +69,51 @@ def why_not(batch: Batch) -> str | None:
     return None
 
 
-def step(batches: list[Batch], last_norms: LastNorms) -> None:
-    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, as `execution.Execution` says."""
-    for batch in batches:
-        _step(batch, last_norms)
+class _Measured(NamedTuple):
+    """‖g_t‖₂ of the tensors of a batch, NaN where it was not measured; and the factors of their c_t, if it clips."""
+
+    norms: array[float]
+    clip_factors: array[float] | None
 
 
-def _step(batch: Batch, last_norms: LastNorms) -> None:
+def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[_Measured]:
+    """The clip's norms, which also say whether a gradient is not finite; see `execution.Execution`."""
+    return [_measure(batch, last_norms, skip) for batch in batches]
+
+
+def _measure(batch: Batch, last_norms: LastNorms, skip: Skip) -> _Measured:
+    assert _cpu is not None
+    max_norm, previous_grads = batch.group["max_norm"], batch.previous_grads
+    nothing = array("d", [math.nan]) * len(batch.params)
+    if max_norm is None:
+        return _Measured(nothing, None)
+    known = last_norms.take(previous_grads) if batch.form is Form.APPROX and previous_grads else []
+    norms = array("d", [math.nan if norm is None else norm for norm in known]) or nothing
+    clip_factors = array("d", nothing)
+    _cpu.norms(
+        array("q", [param.numel() for param in batch.params]),
+        _addresses(batch.grads),
+        None if previous_grads is None else _addresses(previous_grads),
+        norms,
+        clip_factors,
+        batch.kappa,
+        max_norm,
+        torch.get_num_threads(),
+    )
+    skip.add(clip_factors)
+    return _Measured(norms, clip_factors)
+
+
+def step(batches: list[Batch], measured: list[_Measured], last_norms: LastNorms, skip: Skip) -> None:
+    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; see `execution.Execution`."""
+    for batch, some in zip(batches, measured, strict=True):
+        _step(batch, some, last_norms)
+
+
+def _step(batch: Batch, measured: _Measured, last_norms: LastNorms) -> None:
     assert _cpu is not None
     params, group, previous_grads = batch.params, batch.group, batch.previous_grads
-    keeps_last_grad = batch.form is Form.APPROX
     beta1, beta2 = group["betas"]
-    known = last_norms.take(previous_grads) if keeps_last_grad and previous_grads else [None] * len(params)
-    norms = array("d", [math.nan if norm is None else norm for norm in known])
     is_adamw = group["update"] == "adamw"
     finite = _cpu.step(
         array("q", [param.numel() for param in params]),
@@ -88,7 +122,7 @@ def _step(batch: Batch, last_norms: LastNorms) -> None:
         _addresses(batch.exp_avg_sqs) if is_adamw else None,
         _addresses(batch.grads),
         None if previous_grads is None else _addresses(previous_grads),
-        norms,
+        measured.clip_factors,
         _addresses(batch.steps) if is_adamw else None,
         batch.kappa,
         beta1,
@@ -97,12 +131,13 @@ def _step(batch: Batch, last_norms: LastNorms) -> None:
         batch.momentum_gamma,
         batch.lr,
         batch.weight_decay,
-        group["max_norm"] or 0.0,
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
-    if keeps_last_grad:
-        last_norms.remember(batch.keep_last_grads(finite), norms.tolist())
+    if batch.form is Form.APPROX:
+        kept = batch.keep_last_grads(finite)
+        if measured.clip_factors is not None:
+            last_norms.remember(kept, measured.norms.tolist())
 
 
 def _addresses(tensors: list[Tensor]) -> array[int]:
