@@ -13,10 +13,10 @@ from .algorithm.correction import relative_update_rms
 from .exact import PreviousPoint
 from .form import Form, kappa_of
 from .groups import Group
-from .last_grad import keep
+from .last_grad import keep, keep_unless
 from .precision import needs_compensation
 from .sharding import WHOLE, Originals, Part, Ranks
-from .state import State, decide_form, make_state, state_keys
+from .state import Made, State, decide_form, make_state, state_keys
 
 
 @dataclass
@@ -68,9 +68,11 @@ class Batch:
         """γ of correction.momentum: in the one-tensor form the momentum of plain gradients does the correction."""
         return float(self.group["gamma"]) if self.form is Form.ONE_TENSOR else 0.0
 
-    def keep_last_grads(self, finite: list[bool] | None) -> list[Tensor]:
-        """g_t in the place of g_{t−1}; see `last_grad.keep`. Returns g_t as it is kept."""
+    def keep_last_grads(self, finite: list[bool] | None, flag: Tensor | None = None) -> list[Tensor]:
+        """g_t in the place of g_{t−1}, unless `flag` is raised; see `last_grad.keep`. Returns g_t as it is kept."""
         assert self.previous_grads is not None
+        if flag is not None:
+            return keep_unless(flag, self.previous_grads, self.grads)
         if not self.is_whole:  # their g_{t−1} stays the memory that it is
             return keep(self.previous_grads, self.grads, None)
         kept = keep(self.previous_grads, self.grads, finite)
@@ -101,6 +103,7 @@ def collect(
     forms: dict[Tensor, Form],
     previous_point: PreviousPoint,
     originals: Originals,
+    made: list[Made],
     *,
     adjusts_lr: bool,
     replicas: Ranks | None,
@@ -113,6 +116,7 @@ def collect(
         forms: of each parameter that has a state; brought up to date.
         previous_point: has the gradients at x_{t−1} of exact groups.
         originals: knows what lies in flat tensors.
+        made: gets the parameters whose state was made or added to.
         adjusts_lr: see `Batch`; of every AdamW update among them.
         replicas: see `Batch`.
 
@@ -124,7 +128,7 @@ def collect(
         alike = _alike([param for param in group["params"] if param.grad is not None])
         form = decide_form(group, state, forms) if alike else Form.PLAIN
         for params in alike:
-            batch = _batch(group, params, state, forms, form, previous_point, originals)
+            batch = _batch(group, params, state, forms, form, previous_point, originals, made)
             batches.append(replace(batch, adjusts_lr=adjusts_lr and group["update"] == "adamw", replicas=replicas))
     return batches
 
@@ -145,6 +149,7 @@ def _batch(
     form: Form,
     previous_point: PreviousPoint,
     originals: Originals,
+    made: list[Made],
 ) -> Batch:
     for param in params:
         if param.grad is not None and param.grad.is_sparse:
@@ -153,8 +158,12 @@ def _batch(
     # Flat tensors have several parts; below, every list has an entry per part.
     parts_of_each = [originals.parts_of(param, group) for param in params]
     for param in params:
-        if state[param].keys() != complete or forms.get(param) is not form:
-            make_state(param, state[param], group, form)
+        own = state[param]
+        if own.keys() != complete or forms.get(param) is not form:
+            before = frozenset(own)
+            make_state(param, own, group, form)
+            if own.keys() - before:
+                made.append((param, before))
             forms[param] = form
     is_adamw = group["update"] == "adamw"
     steps = [state[param]["step"] for param in params] if is_adamw else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -11,6 +11,7 @@ from . import composed
 from .batch import Batch
 from .kernels import cpu, gpu
 from .last_grad import LastNorms
+from .skipping import Skip
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +25,28 @@ class Execution(Protocol):
     def why_not(self, batch: Batch, /) -> str | None:
         """Why `step` cannot take `batch`; None if it can."""
 
-    def step(self, batches: list[Batch], last_norms: LastNorms, /) -> None:
-        """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}.
+    def measure(self, batches: list[Batch], last_norms: LastNorms, skip: Skip, /) -> Any:
+        """What must be known of whole tensors before anything is changed: norms, for the clip. Changes nothing.
+
+        Args:
+            batches: those that `why_not` has no objection to.
+            last_norms: the known ‖g_{t−1}‖₂, which are taken.
+            skip: gets the norms that are measured anyway, unless it is decided.
+
+        Returns:
+            What `step` needs of it.
+        """
+
+    def step(self, batches: list[Batch], measured: Any, last_norms: LastNorms, skip: Skip, /) -> None:
+        """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; nothing where `skip` says so.
 
         Modifies the parameters and their states; may overwrite `previous_grads`. Gradients are not modified.
 
         Args:
-            batches: those that `why_not` has no objection to.
+            batches: those of `measure`.
+            measured: its result.
             last_norms: the known ‖g_{t−1}‖₂; brought up to date.
+            skip: whether the step changes nothing; the host knows that it does not, or only devices know.
         """
 
 

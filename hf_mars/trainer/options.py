@@ -188,6 +188,9 @@ def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
     if "beta1_1d" in parsed or "beta2_1d" in parsed:
         beta1_1d, beta2_1d = mars_default("betas_1d")
         parsed["betas_1d"] = (parsed.pop("beta1_1d", beta1_1d), parsed.pop("beta2_1d", beta2_1d))
+    allowed, is_allowed = RANGES["lr"]
+    if not is_allowed(args.learning_rate):
+        raise ValueError(f"learning_rate must be {allowed}, got {args.learning_rate!r}")
     kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **parsed, **VARIANTS[name].fixed}
     check_hyperparameters(kwargs)
     return kwargs

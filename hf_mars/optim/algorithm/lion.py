@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .correction import momentum
+from .correction import momentum, move
 
 
 def lion(
@@ -20,16 +20,16 @@ def lion(
     beta1: float,
     weight_decay: float,
     gamma: float,
+    flag: Tensor | None = None,
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( sign(m_t) + λ x ).
 
-    Modifies the parameters and `exp_avgs`; not `c`. `gamma` is for `correction.momentum`.
+    Modifies the parameters and `exp_avgs`; not `c`. `gamma` is for `correction.momentum`, `flag` for
+    `correction.move`.
     """
     for x, e, c_piece in cache_sized(params, exp_avgs, c):
         m = momentum(e, c_piece, beta1=beta1, gamma=gamma)
-        if weight_decay:
-            torch._foreach_mul_(x, 1 - lr * weight_decay)
-        torch._foreach_add_(x, torch._foreach_sign(m), alpha=-lr)
+        move(x, list(torch._foreach_sign(m)), rates=[lr] * len(x), decay=1 - lr * weight_decay, flag=flag)
 
 
 # Elements of a piece: three float32 pieces and a temporary one fit a core's cache, and Python's share stays small.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .correction import momentum
+from .correction import momentum, move
 from .newton_schulz import has_bfloat16, in_bfloat16, orthogonalize
 
 
@@ -25,6 +25,7 @@ def shampoo(
     layout: str,
     update_scales: list[float],
     on_wholes: Callable[..., list[Tensor]],
+    flag: Tensor | None = None,
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( s · NewtonSchulz(m_t) + λ x ).
 
@@ -38,6 +39,7 @@ def shampoo(
         update_scales: s of each tensor, see `update_scale`.
         on_wholes: applies a function of whole tensors to this process's parts of them, as
             `sharding.on_whole_matrices` does.
+        flag: for `correction.move`.
     """
     m = momentum(exp_avgs, c, beta1=beta1, gamma=gamma)
 
@@ -49,10 +51,7 @@ def shampoo(
         return ns_steps is not None and in_bfloat16(as_matrix(torch.empty(shape, device="meta"), layout).shape, m[0])
 
     updates = on_wholes(orthogonal, m, in_bfloat16=halves, has_bfloat16=has_bfloat16(m[0]))
-    for x, update, s in zip(params, updates, update_scales, strict=True):
-        if weight_decay:
-            x.mul_(1 - lr * weight_decay)
-        x.add_(update, alpha=-lr * s)
+    move(params, updates, rates=[lr * s for s in update_scales], decay=1 - lr * weight_decay, flag=flag)
 
 
 def as_matrix(tensor: Tensor, layout: str) -> Tensor:

@@ -29,6 +29,7 @@ from ..host import is_captured
 from ..last_grad import LastNorms
 from ..precision import needs_wide_copies
 from ..sharding import WHOLE
+from ..skipping import Skip
 
 BLOCK, WARPS = 2048, 8  # of a program; each of its threads has two 16-byte loads of each float32 operand under way
 REDUCED = 1024  # partial sums that are added up at a time
@@ -59,12 +60,11 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
         x, g, g_prev, m, v, t = torch.zeros(6, 4, device=device)
         group = {"update": "adamw", "lr": 0.0, "betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0}
-        group.update(gamma=0.1, max_norm=1.0, adjust_lr_fn="original")
-        _launch(
-            triton_kernels,
-            Batch(group, Form.APPROX, [x], [g], [g_prev], [m], [v], [t[0]], [], [{}], [WHOLE]),
-            LastNorms(),
-        )
+        group.update(gamma=0.1, max_norm=1.0, adjust_lr_fn="original", skip_nonfinite=False)
+        batch = Batch(group, Form.APPROX, [x], [g], [g_prev], [m], [v], [t[0]], [], [{}], [WHOLE])
+        launch = _Launch(triton_kernels, batch, LastNorms())
+        launch.measure(None)
+        launch.update(None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no C compiler for its launchers, a GPU that it does not support, …
@@ -117,71 +117,119 @@ def why_not(batch: Batch) -> str | None:
     return None if kernels_for(device) is not None else "Triton does not work there (a warning says why)"
 
 
-def step(batches: list[Batch], last_norms: LastNorms) -> None:
-    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, as `execution.Execution` says."""
+def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[_Launch]:
+    """The clip's norms, which also say whether a gradient is not finite; see `execution.Execution`."""
+    launches, flags = [], {}
     for batch in batches:
-        kernels = kernels_for(batch.params[0].device)
+        device = batch.params[0].device
+        kernels = kernels_for(device)
         assert kernels is not None
-        _launch(kernels, batch, last_norms)
+        launch = _Launch(kernels, batch, last_norms)
+        flag = None
+        if batch.group["max_norm"] is not None and not skip.covers(batch.group):
+            flag = flags.setdefault(device, launch.room_for_a_flag)  # one per device
+        launch.measure(flag)
+        launches.append(launch)
+    for flag in flags.values():
+        skip.add_flag(flag)
+    return launches
 
 
-def _launch(kernels: ModuleType, batch: Batch, last_norms: LastNorms) -> None:
-    params, previous_grads, group = batch.params, batch.previous_grads, batch.group
-    keeps_last_grad = batch.form is Form.APPROX
-    rows = _rows(batch)
-    device, n, wide = params[0].device, len(params), torch.promote_types(params[0].dtype, torch.float32)
-    is_corrected, clips, is_adamw = previous_grads is not None, group["max_norm"] is not None, "V" in rows
-    types = {f"{name}_DTYPE": _triton_dtype(row[0].dtype) for name, row in rows.items()}
-    read = {"G_DTYPE": types["G_DTYPE"], "PREV_DTYPE": types.get("PREV_DTYPE", types["G_DTYPE"])}
-    flags = {"WIDE": _triton_dtype(wide), "CORRECTED": is_corrected}
-    with torch.cuda.device_of(params[0]):
-        table, numbers, tensor_of_block, stride = _to_device(rows, batch, device)
-        where, blocks = (table, numbers, tensor_of_block, stride), len(tensor_of_block)
-        sums_of_g, sums_of_c = [torch.empty(blocks, dtype=wide, device=device) for _ in range(2)]
-        norms_of_g, *results = [torch.empty(n, dtype=wide, device=device) for _ in range(4)]
-        knowledge = torch.empty(n, dtype=torch.int32, device=device)
-        known = _known_norms(last_norms.take(previous_grads)) if keeps_last_grad and previous_grads else None
-        if clips and blocks:
-            known = torch.full_like(norms_of_g, torch.nan) if known is None else known
-            measured = (known, knowledge, sums_of_g, sums_of_c)
-            kernels.measure[(blocks,)](*where, *measured, AGAIN=False, BLOCK=BLOCK, num_warps=WARPS, **read, **flags)
-            if is_corrected:
-                kernels.judge[(n,)](
-                    *(table, numbers, stride, known, knowledge, sums_of_g, norms_of_g),
-                    WIDE=flags["WIDE"],
+def step(batches: list[Batch], measured: list[_Launch], last_norms: LastNorms, skip: Skip) -> None:
+    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; see `execution.Execution`."""
+    for batch, launch in zip(batches, measured, strict=True):
+        launch.update(skip.flag(batch.params[0].device))
+        launch.remember(last_norms)
+
+
+class _Launch:
+    """The kernels' operands for one batch, and their launches."""
+
+    def __init__(self, kernels: ModuleType, batch: Batch, last_norms: LastNorms):
+        self.kernels, self.batch, self.rows = kernels, batch, _rows(batch)
+        params, group, rows = batch.params, batch.group, self.rows
+        self.keeps_last_grad = batch.form is Form.APPROX and bool(batch.previous_grads)
+        self.clips, self.is_adamw = group["max_norm"] is not None, "V" in rows
+        device, n, wide = params[0].device, len(params), torch.promote_types(params[0].dtype, torch.float32)
+        self.types = {f"{name}_DTYPE": _triton_dtype(row[0].dtype) for name, row in rows.items()}
+        self.read = {
+            "G_DTYPE": self.types["G_DTYPE"],
+            "PREV_DTYPE": self.types.get("PREV_DTYPE", self.types["G_DTYPE"]),
+        }
+        self.flags = {"WIDE": _triton_dtype(wide), "CORRECTED": batch.previous_grads is not None}
+        with torch.cuda.device_of(params[0]):
+            self.table, self.numbers, tensor_of_block, self.stride = _to_device(rows, batch, device)
+            self.where, self.blocks = (self.table, self.numbers, tensor_of_block, self.stride), len(tensor_of_block)
+            self.sums_of_g, self.sums_of_c = [
+                torch.empty(self.blocks, dtype=torch.float64, device=device) for _ in range(2)
+            ]
+            self.norms_of_g, *self.results = [torch.empty(n, dtype=wide, device=device) for _ in range(4)]
+            self.knowledge = torch.empty(n, dtype=torch.int32, device=device)
+            self.known = None
+            if self.keeps_last_grad and batch.previous_grads:
+                self.known = _known_norms(last_norms.take(batch.previous_grads))
+
+    @property
+    def room_for_a_flag(self) -> Tensor:
+        """A float32 number on the device that is 0: it came with the others, without a launch of its own."""
+        return self.numbers[-1:].view(torch.float32)[0]
+
+    def measure(self, flag: Tensor | None) -> None:
+        """Norms and what follows of them for each tensor; raises `flag`, if there is one, where c_t is not finite."""
+        kernels, n = self.kernels, len(self.batch.params)
+        with torch.cuda.device_of(self.batch.params[0]):
+            if self.clips and self.blocks:
+                known = torch.full_like(self.norms_of_g, torch.nan) if self.known is None else self.known
+                measured = (known, self.knowledge, self.sums_of_g, self.sums_of_c)
+                how = {"BLOCK": BLOCK, "num_warps": WARPS, **self.read, **self.flags}
+                kernels.measure[(self.blocks,)](*self.where, *measured, AGAIN=False, **how)
+                if self.flags["CORRECTED"]:
+                    kernels.judge[(n,)](
+                        *(self.table, self.numbers, self.stride, known),
+                        *(self.knowledge, self.sums_of_g, self.norms_of_g),
+                        WIDE=self.flags["WIDE"],
+                        REDUCED=REDUCED,
+                    )
+                    kernels.measure[(self.blocks,)](*self.where, *measured, AGAIN=True, **how)
+            if self.clips or self.is_adamw:
+                kernels.prepare[(n,)](
+                    *(self.table, self.numbers, self.stride, self.knowledge, self.sums_of_g, self.sums_of_c),
+                    *self.results,
+                    self.room_for_a_flag if flag is None else flag,
+                    CLIPS=self.clips,
+                    RAISES=flag is not None,
+                    IS_ADAMW=self.is_adamw,
                     REDUCED=REDUCED,
+                    **self.flags,
                 )
-                kernels.measure[(blocks,)](
-                    *where, *measured, AGAIN=True, BLOCK=BLOCK, num_warps=WARPS, **read, **flags
+
+    def update(self, flag: Tensor | None) -> None:
+        """The update of all tensors, unless `flag` is raised."""
+        if self.blocks:
+            with torch.cuda.device_of(self.batch.params[0]):
+                self.kernels.update[(self.blocks,)](
+                    *(*self.where, *self.results, self.room_for_a_flag if flag is None else flag, self.norms_of_g),
+                    X_DTYPE=self.types["X_DTYPE"],
+                    M_DTYPE=self.types["M_DTYPE"],
+                    V_DTYPE=self.types.get("V_DTYPE", self.types["M_DTYPE"]),
+                    KEEPS_LAST_GRAD=self.batch.form is Form.APPROX,
+                    CLIPS=self.clips,
+                    IS_ADAMW=self.is_adamw,
+                    COMPENSATED="COMPENSATION" in self.rows,
+                    BLOCK=BLOCK,
+                    num_warps=WARPS,
+                    **self.read,
+                    **self.flags,
                 )
-        if clips or is_adamw:
-            kernels.prepare[(n,)](
-                *(table, numbers, stride, knowledge, sums_of_g, sums_of_c, *results),
-                CLIPS=clips,
-                IS_ADAMW=is_adamw,
-                REDUCED=REDUCED,
-                **flags,
-            )
-        if blocks:
-            kernels.update[(blocks,)](
-                *(*where, *results),
-                X_DTYPE=types["X_DTYPE"],
-                M_DTYPE=types["M_DTYPE"],
-                V_DTYPE=types.get("V_DTYPE", types["M_DTYPE"]),
-                KEEPS_LAST_GRAD=keeps_last_grad,
-                CLIPS=clips,
-                IS_ADAMW=is_adamw,
-                COMPENSATED="COMPENSATION" in rows,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-                **read,
-                **flags,
-            )
-    torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
-    if keeps_last_grad and previous_grads:
-        torch.autograd.graph.increment_version(previous_grads)
-    if keeps_last_grad and previous_grads and clips and blocks:
-        last_norms.remember(previous_grads, [(norms_of_g, i) for i in range(n)])
+        torch.autograd.graph.increment_version(self.batch.params)  # they were changed behind autograd's back
+
+    def remember(self, last_norms: LastNorms) -> None:
+        """‖g_t‖₂, which will be those of g_{t−1}."""
+        if self.keeps_last_grad and self.batch.previous_grads:
+            torch.autograd.graph.increment_version(self.batch.previous_grads)
+            if self.clips and self.blocks:
+                places = [(self.norms_of_g, i) for i in range(len(self.batch.params))]
+                last_norms.remember(self.batch.previous_grads, places)
 
 
 def _rows(batch: Batch) -> dict[str, list[Tensor]]:
@@ -224,7 +272,8 @@ def _to_device(
     first_blocks = [0, *itertools.accumulate(-(-size // BLOCK) for size in sizes)]
     stride = n + 2 - n % 2  # even, so that every row is aligned to 16 bytes, and with room for first_blocks
     decay, max_norm = 1 - lr * batch.weight_decay, group["max_norm"] or 0.0
-    hyperparameters = (batch.kappa, beta1, beta2, group["eps"], batch.momentum_gamma, lr, decay, max_norm)
+    # The zeros are room for a flag, in an even number, so that the table is aligned.
+    hyperparameters = (batch.kappa, beta1, beta2, group["eps"], batch.momentum_gamma, lr, decay, max_norm, 0.0, 0.0)
     data = array("q", array("d", hyperparameters).tobytes())
     for row in (sizes, first_blocks, *([t.data_ptr() for t in rows.get(name, ())] for name in names)):
         data.extend(row)

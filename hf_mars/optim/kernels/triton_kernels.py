@@ -81,14 +81,25 @@ def _lerp(start, end, weight, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_blocks(sums, table, stride, k, WIDE: tl.constexpr, REDUCED: tl.constexpr):
+def _squares(values):
+    """Σ values², in float64 where float32 would overflow: from 1e19 on."""
+    total = tl.sum(values * values, axis=0).to(tl.float64)
+    if (total < float("inf")) == 0:
+        values = values.to(tl.float64)
+        total = tl.sum(values * values, axis=0)
+    return total
+
+
+@triton.jit
+def _norm(sums, table, stride, k, WIDE: tl.constexpr, REDUCED: tl.constexpr):
+    """The root of the sum of a tensor's blocks."""
     at_first = table + FIRST_BLOCK * stride + k
     first, last = tl.load(at_first), tl.load(at_first + 1)
-    lanes = tl.zeros((REDUCED,), dtype=WIDE)
+    lanes = tl.zeros((REDUCED,), dtype=tl.float64)
     for start in range(first, last, REDUCED):
         offsets = start + tl.arange(0, REDUCED)
         lanes += tl.load(sums + offsets, mask=offsets < last, other=0.0)
-    return tl.sum(lanes, axis=0)
+    return tl.sqrt(tl.sum(lanes, axis=0)).to(WIDE)
 
 
 @triton.jit(do_not_specialize=["stride"])
@@ -131,7 +142,7 @@ def measure(
         else:
             g = _load(at_g, offsets, size, True, WIDE)
         if not AGAIN:
-            tl.store(sums_of_g + block, tl.sum(g * g, axis=0))
+            tl.store(sums_of_g + block, _squares(g))
         if CORRECTED:
             if wants_c:
                 at_prev = _pointer(table, PREV, stride, k, PREV_DTYPE)
@@ -140,7 +151,7 @@ def measure(
                 else:
                     prev = _load(at_prev, offsets, size, True, WIDE)
                 c = _corrected(numbers, g, prev, WIDE)
-                tl.store(sums_of_c + block, tl.sum(c * c, axis=0))
+                tl.store(sums_of_c + block, _squares(c))
 
 
 @triton.jit(do_not_specialize=["stride"])
@@ -157,7 +168,7 @@ def judge(
 ):
     """‖g‖ of a tensor, and whether it bounds ‖c‖ below max_norm."""
     k = tl.program_id(0)
-    norm_of_g = tl.sqrt(_sum_of_blocks(sums_of_g, table, stride, k, WIDE, REDUCED))
+    norm_of_g = _norm(sums_of_g, table, stride, k, WIDE, REDUCED)
     tl.store(norms_of_g + k, norm_of_g)
     prev_norm = tl.load(prev_norms + k)
     if _is_short(numbers, prev_norm, prev_norm) == 0:
@@ -179,27 +190,33 @@ def prepare(
     clip_factors,
     step_sizes,
     inverse_root_bias2,
+    flag,
     WIDE: tl.constexpr,
     CORRECTED: tl.constexpr,
     CLIPS: tl.constexpr,
+    RAISES: tl.constexpr,
     IS_ADAMW: tl.constexpr,
     REDUCED: tl.constexpr,
 ):
-    """A tensor's numbers: the clip's factor, c̃ = factor · c; t ← t + 1, η/(1−β1^t) and 1/√(1−β2^t)."""
+    """A tensor's numbers: the clip's factor, c̃ = factor · c; η/(1−β1^t) and 1/√(1−β2^t) of the coming t.
+
+    RAISES: the flag, where c is not finite. Every program that writes to it writes the same.
+    """
     k = tl.program_id(0)
     if CLIPS:
         norm = tl.zeros((), dtype=WIDE)
         if not CORRECTED:
-            norm = tl.sqrt(_sum_of_blocks(sums_of_g, table, stride, k, WIDE, REDUCED))
+            norm = _norm(sums_of_g, table, stride, k, WIDE, REDUCED)
         elif tl.load(knowledge + k) != SHORT:
-            norm = tl.sqrt(_sum_of_blocks(sums_of_c, table, stride, k, WIDE, REDUCED))
+            norm = _norm(sums_of_c, table, stride, k, WIDE, REDUCED)
         max_norm = tl.load(numbers + MAX_NORM).to(WIDE)
         tl.store(clip_factors + k, tl.where(norm <= max_norm, 1.0, max_norm / norm))  # NaN stays NaN
+        if RAISES:
+            if (norm < float("inf")) == 0:
+                tl.store(flag, 1.0)
     if IS_ADAMW:
         at_step = _pointer(table, STEP, stride, k, tl.float32)
-        t = tl.load(at_step) + 1
-        tl.store(at_step, t)
-        t = t.to(tl.float64)
+        t = (tl.load(at_step) + 1).to(tl.float64)
         beta1, beta2 = tl.load(numbers + BETA1), tl.load(numbers + BETA2)
         # β^t; log(0) is −∞, and e to that is 0 again.
         tl.store(step_sizes + k, tl.load(numbers + LR) / (1 - tl.exp(t * tl.log(beta1))))
@@ -249,6 +266,8 @@ def _update_block(
 
     if CLIPS:
         c *= tl.load(clip_factors + k)
+    if IS_ADAMW == 0:  # sign(NaN) is 0: a NaN in m would stop the element for ever, without a sign of it
+        c = tl.where(tl.abs(c) < float("inf"), c, m)
     m = _lerp(m, c, 1 - tl.load(numbers + BETA1), WIDE)
     _store(at_m, offsets, size, m, MASKED)
     if IS_ADAMW:
@@ -278,6 +297,8 @@ def update(
     clip_factors,
     step_sizes,
     inverse_root_bias2,
+    flag,
+    norms_of_g,
     WIDE: tl.constexpr,
     X_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
@@ -291,12 +312,23 @@ def update(
     COMPENSATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """c̃, the moving averages, the update, and g in the place of g_{t−1}, of every block."""
+    """c̃, the moving averages, the update, t ← t + 1, and g in the place of g_{t−1}, of every block.
+
+    Where the flag is raised, nothing but: ‖g‖ becomes NaN, since it will not be the norm of g_{t−1}.
+    """
     block = tl.program_id(0)
     k = tl.load(tensor_of_block + block)
     start = (block - tl.load(table + FIRST_BLOCK * stride + k)) * BLOCK
     offsets = start + tl.arange(0, BLOCK)
     size = tl.load(table + SIZE * stride + k)
+    is_skipped = tl.load(flag) != 0
+    if start == 0:
+        if is_skipped:
+            tl.store(norms_of_g + k, float("nan"))
+        if IS_ADAMW:
+            at_step = _pointer(table, STEP, stride, k, tl.float32)
+            tl.store(at_step, tl.load(at_step) + tl.where(is_skipped, 0.0, 1.0))
+    size = tl.where(is_skipped, 0, size)  # so that every mask is false
     if start + BLOCK <= size:
         _update_block(
             table, numbers, stride, k, offsets, size, clip_factors, step_sizes, inverse_root_bias2, False, WIDE,

@@ -9,7 +9,7 @@ for orthogonalisation.
 from .agreement import all_ranks_can
 from .gathered import drop_gathered
 from .matrices import on_whole_matrices
-from .norms import add_up, norms_of_squares, norms_of_wholes
+from .norms import add_up, norms_of_squares, norms_of_wholes, whole_value
 from .parts import WHOLE, Part, Ranks, owners_of, part_of
 from .zero import Originals
 
@@ -26,4 +26,5 @@ __all__ = [
     "on_whole_matrices",
     "owners_of",
     "part_of",
+    "whole_value",
 ]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from ..host import reads_are_free
 from .devices import exchange_device
 from .parts import Part
 
 Function = Callable[[Tensor], Tensor]
+
+
+def whole_value(norm: Tensor | float) -> Tensor | float:
+    """A norm that may be a DTensor, as torch.nn.utils.clip_grad_norm_ makes it, as a plain one."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def norms_of_wholes(tensors: list[Tensor], parts: list[Part]) -> list[Tensor]:
@@ -54,21 +62,33 @@ def _over_ranks(
 
 
 def _squares(norms: Tensor) -> Tensor:
-    """In a precision that holds the square of every float32, where the device has one."""
-    return (norms if norms.device.type == "mps" else norms.double()).square()
+    return norms.to(_wider(norms)).square()
 
 
 def _local_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """In float32 or better: a half precision can neither hold the squares nor add them up."""
-    if all(t.is_cpu and t.is_contiguous() for t in tensors):
+    """In float32 or better: a half precision can neither hold the squares nor add them up.
+
+    Squares of float32 numbers from 1e19 on need float64.
+    """
+    if all(t.is_contiguous() for t in tensors) and reads_are_free(tensors):
         # Twice as fast as torch's norm on CPUs.
         flat = [t.view(-1) if t.itemsize >= 4 else t.view(-1).float() for t in tensors]
-        return [torch.dot(t, t).sqrt() for t in flat]
+        squares = [torch.dot(t, t) for t in flat]
+        return [
+            square.sqrt() if math.isfinite(square) else torch.linalg.vector_norm(t, dtype=torch.float64).to(t.dtype)
+            for t, square in zip(flat, squares, strict=True)
+        ]
     results: dict[int, Tensor] = {}
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, tensor in enumerate(tensors):
-        by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(i)
-    for dtype, indices in by_dtype.items():
-        values = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=dtype)
-        results.update(zip(indices, values, strict=True))
+        alike.setdefault((torch.promote_types(tensor.dtype, torch.float32), tensor.device), []).append(i)
+    for (dtype, _), indices in alike.items():
+        chosen = [tensors[i] for i in indices]
+        norms = torch._foreach_norm(chosen, 2, dtype=torch.promote_types(dtype, _wider(chosen[0])))
+        results.update(zip(indices, torch.stack(norms).to(dtype).unbind(), strict=True))
     return [results[i] for i in range(len(tensors))]
+
+
+def _wider(tensor: Tensor) -> torch.dtype:
+    """What squares of a tensor's elements fit in, where its device has it."""
+    return torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32
