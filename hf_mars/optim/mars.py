@@ -72,6 +72,8 @@ class Mars(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("skip_nonfinite", False)  # checkpoints of 0.1.0 have none
         self._start_anew()
 
     def _start_anew(self) -> None:

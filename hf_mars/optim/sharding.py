@@ -7,6 +7,7 @@ orthogonalisation.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -144,7 +145,8 @@ def _local_norms(tensors: list[Tensor]) -> list[Tensor]:
     for dtype, indices in by_dtype.items():
         chosen = [tensors[i] for i in indices]
         values = torch._foreach_norm(chosen, 2, dtype=torch.promote_types(dtype, _wider(chosen[0])))
-        results.update(zip(indices, _of_vectors(lambda norm: norm.to(dtype), values), strict=True))
+        narrowed = _of_vectors(functools.partial(torch.Tensor.to, dtype=dtype), values)
+        results.update(zip(indices, narrowed, strict=True))
     return [results[i] for i in range(len(tensors))]
 
 

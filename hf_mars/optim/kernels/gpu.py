@@ -152,7 +152,10 @@ class _Launch:
         self.clips, self.is_adamw = group["max_norm"] is not None, "V" in rows
         device, n, wide = params[0].device, len(params), torch.promote_types(params[0].dtype, torch.float32)
         self.types = {f"{name}_DTYPE": _triton_dtype(row[0].dtype) for name, row in rows.items()}
-        self.read = {"G_DTYPE": self.types["G_DTYPE"], "PREV_DTYPE": self.types.get("PREV_DTYPE", self.types["G_DTYPE"])}
+        self.read = {
+            "G_DTYPE": self.types["G_DTYPE"],
+            "PREV_DTYPE": self.types.get("PREV_DTYPE", self.types["G_DTYPE"]),
+        }
         self.flags = {"WIDE": _triton_dtype(wide), "CORRECTED": batch.previous_grads is not None}
         with torch.cuda.device_of(params[0]):
             self.table, self.numbers, tensor_of_block, self.stride = _to_device(rows, batch, device)
