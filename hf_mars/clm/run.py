@@ -16,6 +16,7 @@ from hf_mars.trainer.checkpoint_saving import is_disk_full
 from hf_mars.trainer.checkpoints import CheckpointError
 from hf_mars.trainer.nodes import once_per_node
 from hf_mars.trainer.signals import TrainingStopped
+from hf_mars.trainer.skipping import NotFiniteError
 
 from .adapters import find_base_model
 from .arguments import DEFAULT_VOCAB_SIZE
@@ -36,7 +37,8 @@ from .trainer import FinishingTrainer
 
 
 def command(program: str) -> None:
-    """Run the process's command line; a mistake in it ends the process with status 2 and one line, a full disk with 1.
+    """Run the process's command line; a mistake in it ends the process with status 2 and one line, a full disk or
+    gradients that are not finite with 1.
 
     Args:
         program: the name of the program in --help and in that line.
@@ -49,7 +51,7 @@ def command(program: str) -> None:
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if not (isinstance(error, CheckpointError) or is_disk_full(error)):
+        if not (isinstance(error, (CheckpointError, NotFiniteError)) or is_disk_full(error)):
             raise
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

@@ -80,6 +80,8 @@ class Mars(Optimizer):
                 self._originals.add(group)
         else:
             self._originals.follow(before, self.param_groups)
+        for group in self.param_groups:
+            group.setdefault("skip_nonfinite", False)  # checkpoints of 0.1.0 have none
         self._start_anew()
 
     def _start_anew(self) -> None:

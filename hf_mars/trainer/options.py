@@ -83,6 +83,7 @@ OPTIONS = {
     "last_grad_dtype": _as_in_optimizer("last_grad_dtype", _or_none(str)),
     "state_dtype": _as_in_optimizer("state_dtype", _or_none(str)),
     "kahan_sum": _as_in_optimizer("kahan_sum", _or_none(_bool)),
+    "skip_nonfinite": _as_in_optimizer("skip_nonfinite", _bool),
     "foreach": _as_in_optimizer("foreach", _or_none(_bool)),
     "fused": _as_in_optimizer("fused", _or_none(_bool)),
 }

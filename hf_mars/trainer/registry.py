@@ -18,6 +18,7 @@ from .on_import import when_imported, wrap_once
 from .versions import check_transformers
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
     from transformers.trainer_optimizer import OptimizerContext
@@ -173,6 +174,8 @@ def _add_to_trainer(trainer: ModuleType) -> None:
     wrap_once(trainer, "rotate_checkpoints", _after_saving)
     wrap_once(trainer.Trainer, "create_optimizer", _remembered)
     wrap_once(trainer.Trainer, "_load_optimizer_and_scheduler", _with_settings_given)
+    wrap_once(trainer.Trainer, "_clip_grad_norm", _checked)
+    wrap_once(trainer.Trainer, "_get_grad_norm", _told)
 
 
 def _after_saving(rotate: Callable[..., None]) -> Callable[..., None]:
@@ -213,6 +216,36 @@ def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
             apply_given(self)
 
     return load_then_apply
+
+
+def _checked(clip: Callable[..., Any]) -> Callable[..., Any]:
+    """Look at the gradients of logged steps before they are clipped."""
+
+    def check_and_clip(self: Trainer, model: nn.Module) -> Any:
+        if mars_name(self.args) is not None:
+            from .skipping import check_finite
+
+            check_finite(self, model)
+        return clip(self, model)
+
+    return check_and_clip
+
+
+def _told(get_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell the optimizer the norm of its gradients, by which it skips a step with one that is not finite."""
+
+    def get_norm_and_tell(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
+        if mars_name(self.args) is None or self.is_deepspeed_enabled:
+            return get_norm(self, model, grad_norm=grad_norm)  # DeepSpeed has taken its step by now
+        from .skipping import check_finite, tell_norm
+
+        if grad_norm is None:  # it was not clipped
+            check_finite(self, model)
+        norm = get_norm(self, model, grad_norm=grad_norm)
+        tell_norm(self, norm)
+        return norm
+
+    return get_norm_and_tell
 
 
 def _add_to_trainer_with_diagnostics(trainer: ModuleType) -> None:

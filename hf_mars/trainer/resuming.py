@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 # Settings of a group that may change under a state. "betas" and "lr" have rules of their own below.
 CHANGEABLE = (
     *("gamma", "max_norm", "eps", "weight_decay", "ns_steps"),
-    *("last_grad_dtype", "state_dtype", "kahan_sum", "foreach", "fused"),
+    *("last_grad_dtype", "state_dtype", "kahan_sum", "skip_nonfinite", "foreach", "fused"),
 )
 # A field of TrainingArguments that sets a hyperparameter, and that one's name in messages.
 _FIELDS = {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "eps"} | {

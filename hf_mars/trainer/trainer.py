@@ -42,6 +42,9 @@ class MarsTrainer(Trainer):
 
     Checkpoints are whole or do not count (docs/reliability.md): each gets a manifest of its files, written last.
 
+    A step whose gradient is not finite changes nothing; `args.max_skipped_steps` of them in a row (10), noticed where
+    the Trainer logs, are an error (`hf_mars.trainer.skipping`).
+
     After SIGTERM, SIGINT or SIGUSR1 the update is finished, a checkpoint saved and the process ended with 128 + the
     signal's number, unless the process has a handler of its own for it.
 
@@ -62,6 +65,7 @@ class MarsTrainer(Trainer):
         if args is None:
             args = MarsTrainingArguments(output_dir="tmp_trainer")
         self._due: _Update | None = None
+        self.previous_norm: torch.Tensor | float | None = None  # of the gradients at x_{t−1}
         self._pushes: list[str] | None = None  # checkpoints to push once they are whole; None: at once
         super().__init__(model, args, *rest, **kwargs)
         self.add_callback(_UpdateBegins(self))
@@ -138,7 +142,7 @@ class MarsTrainer(Trainer):
         """The micro-batches of the coming update, as `Trainer` draws them; notes whether x_{t−1} needs them too."""
         micro_batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         optimizer = self._exact_optimizer()
-        self._due = None
+        self._due = self.previous_norm = None
         if optimizer is not None and optimizer.needs_previous_point:
             self._due = _Update(optimizer, micro_batches, num_items_in_batch)
         return micro_batches, num_items_in_batch
@@ -159,8 +163,8 @@ class MarsTrainer(Trainer):
                     self.training_step(model, inputs, num_items_in_batch)
                 # transformers declares an int and adds floats itself.
                 self.current_flos += float(self.floating_point_ops(inputs))  # type: ignore[assignment]
-            if self.args.max_grad_norm > 0:
-                self._clip_grad_norm(model)
+            norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+            self.previous_norm = self._get_grad_norm(model, grad_norm=norm)
         gradient_state._set_sync_gradients(sync_gradients)
 
 

@@ -133,7 +133,7 @@ def test_betas_of_training_arguments(saved, tmp_path, warned):
         ("mars_adamw", SAVED, "mars_lion", None, "update='adamw'"),
         ("mars_adamw", SAVED, "mars_adamw", "exact=true", "exact=False, but this run .mars_adamw. has exact=True"),
         ("mars_adamw", SAVED, "mars_adamw", "optimize_1d=true", "optimize_1d=False, but this run"),
-        ("mars_adamw", SAVED, "mars_adamw", "adjust_lr_fn=match_rms_adamw", "adjust_lr_fn='original', but"),
+        ("mars_adamw", SAVED, "mars_adamw", "adjust_lr_fn=original", "adjust_lr_fn='match_rms_adamw', but"),
         ("mars_lion", "gamma=0.3,max_norm=none", "mars_lion", "max_norm=1", "hold no previous gradients"),
     ],
 )
