@@ -6,7 +6,7 @@ PACKAGE := setup.py setup.cfg pyproject.toml constraints.txt $(shell find hf_mar
 # A worker per core; the tests of a file, which share its fixtures, stay together.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast chaos quality style docs pictures matrix clean
+.PHONY: demo test test-fast test-engines chaos quality style docs pictures matrix clean
 .NOTPARALLEL:
 
 # One environment; each target adds the extra of setup.cfg that it needs, and no more.
@@ -26,7 +26,11 @@ demo: $(VENV)/.with-plot
 	$(BIN)/python -m hf_mars.plot demo --output demo/loss.png
 
 test: $(VENV)/.with-test
-	$(PYTEST)
+	$(PYTEST) -m "not exhaustive"
+
+# Every engine with every setting of it: before a release, and when hf_mars/optim/sharding changes.
+test-engines: $(VENV)/.with-test
+	$(PYTEST) tests/engines
 
 # For the loop of everyday work: without the tests that train for long or start processes.
 test-fast: $(VENV)/.with-test
