@@ -2,11 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := hf_mars tests benchmarks examples tools docs run_clm.py setup.py
-PACKAGE := setup.py setup.cfg pyproject.toml constraints.txt $(shell find hf_mars -name '*.c')
+PACKAGE := setup.py setup.cfg pyproject.toml MANIFEST.in constraints.txt $(shell find hf_mars -name '*.c')
 # A worker per core; the tests of a file, which share its fixtures, stay together.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast quality style docs pictures matrix clean
+.PHONY: demo test test-fast quality style docs pictures matrix package clean
 .NOTPARALLEL:
 
 # One environment; each target adds the extra of setup.cfg that it needs, and no more.
@@ -54,6 +54,10 @@ pictures: $(VENV)/.with-plot
 # The integration's tests with the oldest, a middle and the newest transformers; writes docs/compatibility.md.
 matrix:
 	$(PYTHON) tools/matrix.py
+
+# The sdist and the wheel in dist/, checked in environments of their own; see tools/package.py.
+package: $(VENV)/.with-package
+	$(BIN)/python tools/package.py
 
 clean:
 	rm -rf $(VENV) .matrix demo site build dist *.egg-info

@@ -337,7 +337,7 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
             for (int r = 0; r < threads; r++)
                 if (step.largest[r * step.count + k] > largest)
                     largest = step.largest[r * step.count + k];
-            PyList_SET_ITEM(finite, k, PyBool_FromLong(largest < 0x7f800000));
+            PyList_SetItem(finite, k, PyBool_FromLong(largest < 0x7f800000));
             ((double *)norms.buf)[k] = s.max_norm ? norm_of_g(&step, k, threads) : NAN;
         }
     } else {
