@@ -6,7 +6,7 @@ PACKAGE := setup.py setup.cfg pyproject.toml MANIFEST.in constraints.txt $(shell
 # A worker per core; the tests of a file, which share its fixtures, stay together.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast quality style docs pictures matrix package clean
+.PHONY: demo test test-fast quality style docs pictures matrix factories package clean
 .NOTPARALLEL:
 
 # One environment; each target adds the extra of setup.cfg that it needs, and no more.
@@ -54,6 +54,10 @@ pictures: $(VENV)/.with-plot
 # The integration's tests with the oldest, a middle and the newest transformers; writes docs/compatibility.md.
 matrix:
 	$(PYTHON) tools/matrix.py
+
+# axolotl, LLaMA-Factory and ms-swift with MARS, each in an environment of its own.
+factories:
+	$(PYTHON) tools/factories.py
 
 # The sdist and the wheel in dist/, checked in environments of their own; see tools/package.py.
 package: $(VENV)/.with-package

@@ -1,0 +1,21 @@
+"""axolotl's command, as it is typed: `make factories` runs this in an environment with axolotl."""
+
+import pytest
+from factory_helpers import assert_mars_trained, run, write_chats, write_example, write_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_model(tmp_path / "model")
+    write_chats(tmp_path / "chats.jsonl")
+    data = {"path": "chats.jsonl", "ds_type": "json", "type": "chat_template", "field_messages": "messages"}
+    tiny = {"base_model": "model", "datasets": [data], "sequence_len": 64, "bf16": False, "use_cpu": True}
+    steps = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "optim_args": {"gamma": 0.05, "max_norm": None}}
+    batch = {"micro_batch_size": 2, "gradient_accumulation_steps": 1}
+    write_example("axolotl.yaml", tmp_path / "axolotl.yaml", {**tiny, **steps, **batch})
+    return tmp_path
+
+
+def test_with_the_plugin(folder):
+    run("axolotl", "train", "axolotl.yaml", folder=folder)
+    assert_mars_trained(folder / "out", 0.05)
