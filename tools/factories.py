@@ -43,7 +43,8 @@ FACTORIES = {
     ),
     "ms_swift": Factory(
         "ms-swift==4.6.0 transformers==5.19.0 trl==0.29.1 peft==0.20.0 datasets==4.8.4 modelscope json_repair dacite "
-        "binpacking attrdict addict einops sortedcontainers simplejson tiktoken"
+        "binpacking attrdict addict einops sortedcontainers simplejson tiktoken "
+        "modelscope_hub httpx"
     ),
 }
 
