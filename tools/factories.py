@@ -33,7 +33,8 @@ FACTORIES = {
         "tokenizers==0.23.1 huggingface_hub==1.17.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 "
         "posthog==6.7.11 schedulefree==1.4.1 kernels==0.16.0 optimum==1.16.2 addict fire termcolor colorama einops "
         "python-dotenv art coloredlogs humanfriendly httpx httpcore kernels-data six backoff distro numba llvmlite "
-        "bitsandbytes fastcore wandb opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions trackio==0.19.0"
+        "bitsandbytes fastcore wandb opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions "
+        "trackio==0.19.0"
     ),
     # torchaudio has no build for CPUs; LLaMA-Factory imports it for audio.
     "llama_factory": Factory(
