@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from clm_helpers import DOCUMENTS, run_clm, run_main, write_documents, write_token_bin
 from launch_helpers import ROOT
@@ -198,8 +199,20 @@ def trl(arguments):
     return f"trl.scripts.{arguments[0]}", arguments[1:]
 
 
+def factory(arguments):
+    """A tool with a file of settings, of which two are MARS's."""
+    settings = yaml.safe_load((ROOT / arguments[1]).read_text())
+    return "", ["--optim", settings["optim"], "--optim_args", settings["optim_args"], "--output_dir", "out"]
+
+
 # From a launcher's arguments to the script that it starts, and to those of the script.
-LAUNCHERS = {"torchrun": torchrun, "accelerate": accelerate, "trl": trl}
+LAUNCHERS = {
+    "torchrun": torchrun,
+    "accelerate": accelerate,
+    "trl": trl,
+    "llamafactory-cli": factory,
+    "swift": factory,
+}
 
 
 def parse_sweep(arguments):
