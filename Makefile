@@ -17,8 +17,8 @@ $(VENV)/.with-%: $(PACKAGE)
 
 # Anew each time: --overwrite_output_dir removes only what an earlier demo wrote.
 demo: $(VENV)/.with-plot
-	$(BIN)/python run_clm.py --output_dir demo --overwrite_output_dir --optim mars_adamw \
-		--learning_rate 6e-3 --adam_beta1 0.9 --adam_beta2 0.95 --weight_decay 0.1 \
+	$(BIN)/python run_clm.py --output_dir demo --overwrite_output_dir --optim mars_m \
+		--learning_rate 6e-3 --weight_decay 0.1 \
 		--lr_scheduler_type cosine --warmup_steps 40 --max_steps 400 --per_device_train_batch_size 16 \
 		--config_overrides resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0 \
 		--logging_steps 10 --eval_on_start --eval_strategy steps --eval_steps 100 --save_strategy no \

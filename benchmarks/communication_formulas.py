@@ -49,8 +49,8 @@ class Variant:
 
 def shampoo(state, *, replicas=False, **settings):
     """The row of a MarsShampoo with these settings."""
-    mars_m = settings.get("adjust_lr_fn") == "match_rms_adamw"
-    clipped = () if settings.get("max_norm", 1.0) is None else ("matrix",) if mars_m else ("matrix", "embedding")
+    mars_m, exact = settings.get("adjust_lr_fn") == "match_rms_adamw", settings.get("exact", False)
+    clips = settings.get("max_norm") is not None
 
     def make(groups):
         return MarsShampoo(groups, process_group=dist.group.WORLD if replicas else None, **settings)
@@ -59,46 +59,44 @@ def shampoo(state, *, replicas=False, **settings):
         make,
         state,
         adamw=("embedding", "1d"),
-        clipped=clipped,
+        clipped=() if not clips else ("matrix",) if mars_m else BOTH,
         orthogonalizes=True,
         replicas=replicas,
-        evaluations=2 if settings.get("exact") else 1,
-        temporaries=1 if settings.get("max_norm", 1.0) is None else 0,  # m_t
+        evaluations=2 if exact else 1,
+        temporaries=0 if clips or exact else 1,  # m_t, in the one-tensor form
         engines=("ddp",) if replicas else ("ddp", "fsdp2"),
     )
 
 
 BOTH = ("matrix", "embedding")
 MARS_M = {"adjust_lr_fn": "match_rms_adamw"}
+CLIP = {"max_norm": 1.0}
+NOT_ZERO = ("ddp", "fsdp2")
 VARIANTS = {
     "adamw_torch": Variant(functools.partial(torch.optim.AdamW, fused=True), (2, 2, 2)),
-    "mars_adamw": Variant(MarsAdamW, (3, 3, 2), clipped=BOTH, engines=("ddp", "fsdp2")),
-    "mars_adamw max_norm=none": Variant(functools.partial(MarsAdamW, max_norm=None), (3, 3, 2)),
-    "mars_adamw exact": Variant(
-        functools.partial(MarsAdamW, exact=True), (3, 3, 3), clipped=BOTH, evaluations=2, engines=("ddp", "fsdp2")
-    ),
-    "mars_lion": Variant(  # its temporary tensor is sign(m_t), without the clip m_t is one too
-        MarsLion, (2, 2, 2), adamw=("1d",), clipped=BOTH, temporaries=1, engines=("ddp", "fsdp2")
-    ),
-    "mars_lion max_norm=none": Variant(
-        functools.partial(MarsLion, max_norm=None), (1, 1, 2), adamw=("1d",), temporaries=2
+    "mars_adamw": Variant(MarsAdamW, (3, 3, 2)),
+    "mars_adamw max_norm=1": Variant(functools.partial(MarsAdamW, **CLIP), (3, 3, 2), clipped=BOTH, engines=NOT_ZERO),
+    "mars_adamw exact": Variant(functools.partial(MarsAdamW, exact=True), (3, 3, 3), evaluations=2, engines=NOT_ZERO),
+    # Its temporary tensor is sign(m_t); in the one-tensor form m_t is one too.
+    "mars_lion": Variant(MarsLion, (1, 1, 2), adamw=("1d",), temporaries=2),
+    "mars_lion max_norm=1": Variant(
+        functools.partial(MarsLion, **CLIP), (2, 2, 2), adamw=("1d",), clipped=BOTH, temporaries=1, engines=NOT_ZERO
     ),
     "mars_lion exact": Variant(
         functools.partial(MarsLion, exact=True),
         (2, 2, 3),
         adamw=("1d",),
-        clipped=BOTH,
         evaluations=2,
         temporaries=1,
-        engines=("ddp", "fsdp2"),
+        engines=NOT_ZERO,
     ),
-    "mars_shampoo": shampoo((2, 3, 2)),
-    "mars_shampoo process_group=…": shampoo((2, 3, 2), replicas=True),
-    "mars_shampoo max_norm=none": shampoo((1, 3, 2), max_norm=None),
+    "mars_shampoo": shampoo((1, 3, 2)),
+    "mars_shampoo process_group=…": shampoo((1, 3, 2), replicas=True),
+    "mars_shampoo max_norm=1": shampoo((2, 3, 2), **CLIP),
     "mars_shampoo exact": shampoo((2, 3, 3), exact=True),
-    "mars_m": shampoo((2, 2, 2), **MARS_M),
-    "mars_m process_group=…": shampoo((2, 2, 2), replicas=True, **MARS_M),
-    "mars_m max_norm=none": shampoo((1, 2, 2), max_norm=None, **MARS_M),
+    "mars_m": shampoo((1, 2, 2), **MARS_M),
+    "mars_m process_group=…": shampoo((1, 2, 2), replicas=True, **MARS_M),
+    "mars_m max_norm=1": shampoo((2, 2, 2), **CLIP, **MARS_M),
     "mars_m exact": shampoo((2, 3, 3), exact=True, **MARS_M),
 }
 

@@ -15,49 +15,66 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANS = ROOT / "benchmarks" / "plans"
 RUN_CLM = ROOT / "run_clm.py"
 
-# Of every task. On CPUs with bfloat16 units autocast saves a third of the time, and so does attention without a mask
-# kernel at 128 tokens.
-COMMON = """--use_cpu --bf16 --attn_implementation eager --per_device_train_batch_size 16 --eval_strategy steps
-    --max_eval_samples 400 --save_strategy no --logging_steps 10 --report_to none --disable_tqdm true""".split()
-NO_DROPOUT = ["--config_overrides", "resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"]
-SCRATCH = [*NO_DROPOUT, "--lr_scheduler_type", "cosine"]
-# About 10M parameters with the tokenizer of 2,048 tokens.
-TEN_MILLION = [
-    "--config_overrides",
-    "n_layer=6,n_embd=384,n_head=6,n_positions=128,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
-]
-TUNED = ["--lr_scheduler_type", "linear", "--max_steps", "200", "--warmup_steps", "6", "--eval_steps", "50"]
+# Of every task. On CPUs with bfloat16 units autocast and eager attention together save a third of the time.
+COMMON = """--use_cpu --bf16 --attn_implementation eager --eval_strategy steps --save_strategy no --logging_steps 10
+    --report_to none --disable_tqdm true""".split()
+BATCH = ["--per_device_train_batch_size", "16", "--max_eval_samples", "400"]  # 16 × 128 tokens
+NO_DROPOUT = "resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
 
-SHORT = ["--block_size", "128", "--per_device_train_batch_size", "2", "--max_steps", "48", "--warmup_steps", "2"]
-SHORT += ["--eval_steps", "48", "--max_eval_samples", "64"]
 
-# task -> what run_clm.py is told besides COMMON; batches are of 16 × 128 tokens if nothing else is said
-TASKS: dict[str, list[str]] = {
-    "pretrain": [*SCRATCH, "--max_steps", "400", "--warmup_steps", "40", "--eval_steps", "100"],
-    "ablations": [*SCRATCH, "--max_steps", "400", "--warmup_steps", "40", "--eval_steps", "100"],
-    "shorter": [*SCRATCH, "--max_steps", "240", "--warmup_steps", "24", "--eval_steps", "60"],
-    "long": [*SCRATCH, "--max_steps", "4000", "--warmup_steps", "400", "--eval_steps", "500"],
-    "batch": [
-        *[*SCRATCH, "--max_steps", "250", "--warmup_steps", "25", "--eval_steps", "50"],
-        *["--gradient_accumulation_steps", "16"],
-    ],
-    "size": [
-        *[*TEN_MILLION, "--lr_scheduler_type", "cosine"],
-        *["--max_steps", "2000", "--warmup_steps", "200", "--eval_steps", "250"],
-    ],
-    "finetune": TUNED,
-    "lora": [*TUNED, "--lora_r", "16"],
-    # A real model, on CPUs: a few minutes a run.
-    "finetune_real": [*SHORT, "--lr_scheduler_type", "linear"],
-    "lora_real": [*SHORT, "--lr_scheduler_type", "linear", "--lora_r", "16"],
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        plan: the file of benchmarks/plans, without its ending, unless --plan names another one.
+        arguments: of run_clm.py, besides COMMON.
+        takes_a_model: whether --model is tuned; else a new model is trained from scratch.
+    """
+
+    plan: str
+    arguments: list[str]
+    takes_a_model: bool = False
+
+
+def from_scratch(plan: str, steps: int, eval_steps: int, *others: str, size: str = "") -> Task:
+    """The small GPT-2 of run_clm.py, or one of another size, with a tenth of the steps as warmup."""
+    schedule = ["--max_steps", str(steps), "--warmup_steps", str(steps // 10), "--lr_scheduler_type", "cosine"]
+    model = ["--config_overrides", size + NO_DROPOUT]
+    return Task(plan, [*model, *BATCH, *schedule, "--eval_steps", str(eval_steps), *others])
+
+
+def tuned(plan: str, *others: str) -> Task:
+    schedule = ["--max_steps", "200", "--warmup_steps", "6", "--lr_scheduler_type", "linear", "--eval_steps", "50"]
+    return Task(plan, [*BATCH, *schedule, *others], takes_a_model=True)
+
+
+def tuned_shortly(plan: str, *others: str) -> Task:
+    """For models of 100M parameters and more: a few minutes a run."""
+    schedule = ["--max_steps", "48", "--warmup_steps", "2", "--lr_scheduler_type", "linear", "--eval_steps", "48"]
+    batch = ["--block_size", "128", "--per_device_train_batch_size", "2", "--max_eval_samples", "64"]
+    return Task(plan, [*batch, *schedule, *others], takes_a_model=True)
+
+
+TASKS = {
+    "pretrain": from_scratch("pretrain", 400, 100),
+    "shorter": from_scratch("shorter", 240, 60),
+    "exact": from_scratch("exact", 200, 50),  # twice the gradients per step: as long as 400 steps
+    "novel": from_scratch("novel", 300, 100),
+    "long": from_scratch("long", 4000, 500),
+    "batch": from_scratch("long", 250, 50, "--gradient_accumulation_steps", "16"),
+    # About 10M parameters with the tokenizer of 2,048 tokens.
+    "size": from_scratch("long", 400, 100, size="n_layer=6,n_embd=384,n_head=6,n_positions=128,"),
+    "finetune": tuned("finetune"),
+    "lora": tuned("lora", "--lora_r", "16"),
+    "finetune_real": tuned_shortly("finetune_real"),
+    "lora_real": tuned_shortly("lora_real", "--lora_r", "16"),
 }
-WITH_A_MODEL = ("finetune", "lora", "finetune_real", "lora_real")
 
 
 def tokenizer_of(text: list[str], folder: Path) -> Path:
@@ -70,18 +87,18 @@ def tokenizer_of(text: list[str], folder: Path) -> Path:
 
 def sweep(arguments: argparse.Namespace) -> list[str]:
     """The command of the task's sweep."""
-    folder = Path(arguments.output_dir)
+    task, folder = TASKS[arguments.task], Path(arguments.output_dir)
     text = ["--train_file", str(arguments.text)] if arguments.text else []
-    if arguments.task in WITH_A_MODEL:
+    if task.takes_a_model:
         model = ["--model_name_or_path", str(arguments.model)]
     else:
         model = ["--tokenizer_name", str(tokenizer_of(text, folder.with_name(folder.name + "_tokenizer")))]
-    plan = PLANS / f"{arguments.plan or arguments.task}.yaml"
+    plan = PLANS / f"{arguments.plan or task.plan}.yaml"
     return [
         *[sys.executable, "-m", "hf_mars.sweep", "--plan", str(plan), "--output_dir", str(folder)],
         *["--jobs", str(arguments.jobs), "--max_extensions", str(arguments.max_extensions)],
         *["--timing_steps", str(arguments.timing_steps), "--"],
-        *["python", str(RUN_CLM), *text, *model, *COMMON, *TASKS[arguments.task]],
+        *[sys.executable, str(RUN_CLM), *text, *model, *COMMON, *task.arguments],
     ]
 
 
@@ -101,14 +118,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--text", type=Path, help="the text to train on; its last 5 %% are held out")
-    parser.add_argument("--model", type=Path, help="the pretrained model of finetune and lora")
+    parser.add_argument("--model", type=Path, help="the pretrained model, for the tasks that tune one")
     parser.add_argument("--plan", help="another plan of benchmarks/plans than the task's own")
     parser.add_argument("--output_dir", required=True, help="the sweep's folder")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--max_extensions", type=int, default=1, help="how often the grids may grow")
-    parser.add_argument(
-        "--timing_steps", type=int, default=30, help="steps that time each best setting; 0: none"
-    )
+    parser.add_argument("--timing_steps", type=int, default=30, help="steps that time each best setting; 0: none")
     parser.add_argument("--keep", type=Path, help="train nothing: write the sweep's results to this file")
     arguments = parser.parse_args()
     if arguments.keep:
@@ -116,8 +131,9 @@ def main() -> None:
 
         arguments.keep.write_text(kept(read_results(Path(arguments.output_dir))), encoding="utf-8")
         return
-    if (arguments.task in WITH_A_MODEL) != (arguments.model is not None):
-        parser.error(f"--model {arguments.model}: {' and '.join(WITH_A_MODEL)} need one, the other tasks take none")
+    if TASKS[arguments.task].takes_a_model != (arguments.model is not None):
+        tuned_tasks = ", ".join(name for name, task in TASKS.items() if task.takes_a_model)
+        parser.error(f"--model {arguments.model}: {tuned_tasks} need one, the other tasks take none")
     sys.exit(subprocess.run(sweep(arguments)).returncode)
 
 

@@ -13,10 +13,14 @@ from hf_mars import MarsAdamW, MarsLion, MarsShampoo
 
 SETTINGS = {
     "the default": {},
-    "max_norm=none": {"max_norm": None},
+    "max_norm=1": {"max_norm": 1.0},
     "last_grad_dtype=bfloat16": {"last_grad_dtype": "bfloat16"},
     "state_dtype=bfloat16, last_grad_dtype=bfloat16": {"state_dtype": "bfloat16", "last_grad_dtype": "bfloat16"},
-    "max_norm=none, state_dtype=bfloat16": {"max_norm": None, "state_dtype": "bfloat16"},
+    "max_norm=1, state_dtype=bfloat16, last_grad_dtype=bfloat16": {
+        "max_norm": 1.0,
+        "state_dtype": "bfloat16",
+        "last_grad_dtype": "bfloat16",
+    },
     "state_dtype=float32": {"state_dtype": "float32"},
     "kahan_sum=false": {"kahan_sum": False},
     "exact=true": {"exact": True},

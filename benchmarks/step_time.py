@@ -43,9 +43,9 @@ def contestants():
     elementwise = {
         "AdamW(fused=True)": lambda params: torch.optim.AdamW(params, fused=True),
         "MarsAdamW": MarsAdamW,
-        "MarsAdamW(max_norm=None)": lambda params: MarsAdamW(params, max_norm=None),
+        "MarsAdamW(max_norm=1)": lambda params: MarsAdamW(params, max_norm=1.0),
         "MarsLion": MarsLion,
-        "MarsLion(max_norm=None)": lambda params: MarsLion(params, max_norm=None),
+        "MarsLion(max_norm=1)": lambda params: MarsLion(params, max_norm=1.0),
     }
     if importlib.util.find_spec("pytorch_optimizer"):
         from pytorch_optimizer import MARS
@@ -54,7 +54,7 @@ def contestants():
     orthogonal = {
         "torch.optim.Muon": torch.optim.Muon,
         "MarsShampoo": MarsShampoo,
-        "MarsShampoo(max_norm=None)": lambda params: MarsShampoo(params, max_norm=None),
+        "MarsShampoo(max_norm=1)": lambda params: MarsShampoo(params, max_norm=1.0),
     }
     return {"GPT-2 small": elementwise, "LoRA": elementwise, "hidden matrices of GPT-2 small": orthogonal}
 

@@ -8,6 +8,9 @@ from torch import nn
 
 from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
 
+# The paper's settings, which tests/reference.py has by default.
+PAPER = {"betas": (0.95, 0.99), "gamma": 0.025, "max_norm": 1.0, "adjust_lr_fn": "original"}
+
 # name -> (class, the keywords that make it this method, the name of its update in tests/reference.py)
 METHODS = {
     "mars_adamw": (MarsAdamW, {}, "adamw"),
@@ -36,9 +39,12 @@ FEW_SHAPES = [(4, 3), (3, 5), (6,), ()]
 
 
 def make(method, params, *, lr=0.02, **options):
-    """The optimizer of METHODS."""
+    """The optimizer of METHODS, with the paper's settings where `options` say nothing else."""
     cls, keywords, _ = METHODS[method]
-    return cls(params, lr=lr, **keywords, **options)
+    settings = {**PAPER, **keywords, **options}
+    if cls is MarsLion:
+        settings.pop("adjust_lr_fn")
+    return cls(params, lr=lr, **settings)
 
 
 def kinds(optimizer):

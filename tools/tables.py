@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_mars.sweep.compare import losses_by_setting, paired
-from hf_mars.sweep.plan import Setting
 from hf_mars.sweep.summary import Comparison, Summary, compare, mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +22,10 @@ Row = dict[str, Any]
 
 
 def read(name: str) -> tuple[list[Row], Comparison]:
-    """The rows of a file of results, and their comparison with the first optimizer of the plan."""
+    """The rows of a file of results, and their comparison with AdamW, of two the one with the shorter average of v."""
     rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    labels = list(dict.fromkeys(row["optimizer"] for row in rows))
-    return rows, compare(rows, sorted(labels, key=lambda label: not label.startswith("adamw")))
+    labels = {row["optimizer"] for row in rows}  # which run ended first is chance
+    return rows, compare(rows, sorted(labels, key=lambda label: (not label.startswith("adamw"), label)))
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -43,23 +42,24 @@ def percent(part: float | None) -> str:
 
 
 def summary(name: str) -> str:
-    """Each optimizer at its best learning rate."""
+    """Each optimizer at its best learning rate; seconds where they were measured."""
     _, comparison = read(name)
     base = comparison.baseline
-    head = ["optimizer", "learning rate", "seeds", "loss", f"difference from {base.label}"]
-    head += ["steps to its loss", "seconds to it", "bytes of state per parameter"]
+    timed = base.seconds_per_step is not None
+    head = ["optimizer", "learning rate", "seeds", "loss", f"difference from {base.label}", "steps to its loss"]
+    head += ["seconds to it"] * timed + ["bytes of state per parameter"]
     lines = []
     for s in comparison.summaries:
         if s.best is None:
-            lines.append([s.label, "none came through", *["—"] * 6])
+            lines.append([s.label, "none came through", *["—"] * (len(head) - 2)])
             continue
         at_edge = {"lower": " (lowest tried)", "upper": " (highest tried)", None: ""}[s.edge]
-        others = ["—", "—", "—"]
-        if s.difference is not None:
-            seconds = "—" if s.part_of_steps is not None and s.part_of_seconds is None else percent(s.part_of_seconds)
-            others = [plus_minus(s.difference), percent(s.part_of_steps), seconds]
         rate, loss = f"{s.best.learning_rate:g}{at_edge}", f"{mean(s.losses):.3f}"
-        lines.append([s.label, rate, str(len(s.losses)), loss, *others, state(s)])
+        difference, steps, seconds = "—", "—", "—"
+        if s.difference is not None:
+            difference, steps = plus_minus(s.difference), percent(s.part_of_steps)
+            seconds = percent(s.part_of_seconds)
+        lines.append([s.label, rate, str(len(s.losses)), loss, difference, steps, *[seconds] * timed, state(s)])
     return markdown(head, lines)
 
 
@@ -71,16 +71,13 @@ def rates(name: str) -> str:
     """The loss at every learning rate, over the seeds that all settings have."""
     rows, comparison = read(name)
     losses = losses_by_setting(rows)
-    settings = [setting for by_setting in losses.values() for setting in by_setting]
     seeds = set.intersection(*(set(by_seed) for by in losses.values() for by_seed in by.values()))
-    head = ["optimizer", *(f"{rate:g}" for rate in sorted({s.learning_rate for s in settings}))]
-    lines = []
+    by_grid: dict[tuple[float, ...], list[list[str]]] = {}  # of optimizers with the same learning rates
     for s in comparison.summaries:
-        at: dict[str, str] = {}
-        for setting, by_seed in losses.get(s.label, {}).items():
-            at[f"{setting.learning_rate:g}"] = loss_cell(by_seed, seeds)
-        lines.append([s.label, *(at.get(rate, "") for rate in head[1:])])
-    return markdown(head, lines)
+        at = {setting.learning_rate: loss_cell(by_seed, seeds) for setting, by_seed in losses[s.label].items()}
+        by_grid.setdefault(tuple(sorted(at)), []).append([s.label, *(at[rate] for rate in sorted(at))])
+    grids = [markdown(["learning rate", *(f"{rate:g}" for rate in grid)], lines) for grid, lines in by_grid.items()]
+    return "\n".join(grids)
 
 
 def loss_cell(by_seed: dict[int, float], seeds: set[int]) -> str:
@@ -98,13 +95,60 @@ def at_the_baselines_rate(name: str, label: str) -> Any:
     return paired(own[0], losses[base.label][base.best]) if own else None
 
 
-def best_of(name: str, label: str) -> tuple[Setting | None, Summary]:
-    _, comparison = read(name)
-    found = next(s for s in comparison.summaries if s.label == label)
-    return found.best, found
+# The rows of the overview: results, task.
+TASKS = {
+    "pretrain_prose": "from scratch, prose",
+    "pretrain_docs": "from scratch, documentation",
+    "finetune": "full fine-tuning",
+    "lora": "LoRA",
+}
+ADAMW, MARS_M = "mars_adamw, rate matched", "mars_m (0.9, 0.99) γ 0.05"
 
 
-KINDS = {"summary": summary, "rates": rates}
+def overview() -> str:
+    """Of every task the differences from AdamW: at AdamW's own best learning rate, and at the best of each."""
+    head = ["difference from AdamW, nats", "AdamW's best rate", "mars_adamw there", "at its best rate"]
+    head += ["mars_m there", "at its best rate"]
+    lines = []
+    for name, task in TASKS.items():
+        _, comparison = read(name)
+        base = comparison.baseline
+        assert base.best is not None
+        cells = [task, f"{base.best.learning_rate:g}" + (" (highest tried)" if base.edge == "upper" else "")]
+        for label in (ADAMW, MARS_M):
+            s = next(s for s in comparison.summaries if s.label == label)
+            at_rate = at_the_baselines_rate(name, label)
+            assert s.best is not None and s.difference is not None and at_rate is not None
+            ratio = s.best.learning_rate / base.best.learning_rate
+            best = f"{plus_minus(s.difference)} at {ratio:.2g} ×" + (" (highest tried)" if s.edge == "upper" else "")
+            cells += [plus_minus(at_rate), best]
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def shorter(whole: str, part: str) -> str:
+    """mars_m in a complete schedule of fewer steps, beside AdamW in all of them, at the best rate of each."""
+    rows, comparison = read(whole)
+    base = comparison.baseline
+    short_rows, short = read(part)
+    best = short.summaries[0]
+    difference = paired(best.losses, base.losses)
+    steps = {row["steps"] for row in short_rows}, {row["steps"] for row in rows if row["kind"] == "run"}
+    head = ["", "steps", "learning rate", "seeds", "loss", "difference"]
+    lines = []
+    for summary_of, count, ending in ((base, max(steps[1]), "—"), (best, max(steps[0]), plus_minus(difference))):
+        assert summary_of.best is not None
+        rate, loss = f"{summary_of.best.learning_rate:g}", f"{mean(summary_of.losses):.3f}"
+        lines.append([summary_of.label, str(count), rate, str(len(summary_of.losses)), loss, ending])
+    return markdown(head, lines)
+
+
+KINDS = {
+    "summary": summary,
+    "rates": rates,
+    "overview": overview,
+    "shorter": shorter,
+}
 
 
 def filled(text: str) -> str:

@@ -42,12 +42,12 @@ class Mars(Optimizer):
         self,
         params: Iterable[Any],
         lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.99),
+        betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        gamma: float = 0.025,
-        max_norm: float | None = 1.0,
+        gamma: float = 0.05,
+        max_norm: float | None = None,
         exact: bool = False,
         lr_1d: float | None = None,
         betas_1d: tuple[float, float] = (0.9, 0.95),
@@ -220,7 +220,7 @@ class Mars(Optimizer):
     def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         """The hyperparameters in which a group of `kind` differs from what the user set."""
         if kind == "1d" and not settings["optimize_1d"]:
-            return {"update": "adamw", "lr": lr_1d(settings), **plain_adamw(settings)}
+            return {"update": "adamw", "lr": plain_rate(settings), **plain_adamw(settings)}
         return {"update": self.matrix_update}
 
     # ---- state dict ----
@@ -243,8 +243,8 @@ def settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in others}
 
 
-def lr_1d(settings: dict[str, Any]) -> float:
-    """The learning rate of what gets no matrix update. An `lr` that is AdamW's own serves it as it is."""
+def plain_rate(settings: dict[str, Any]) -> float:
+    """The learning rate of what gets no matrix update: `lr_1d`; by default lr where that is AdamW's own, else lr/2."""
     if settings["lr_1d"] is not None:
         return settings["lr_1d"]
     return settings["lr"] if settings.get("adjust_lr_fn") == "match_rms_adamw" else settings["lr"] / 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .groups import ParameterRole
-from .mars import Mars, lr_1d, plain_adamw, settings_among
+from .mars import Mars, plain_adamw, plain_rate, settings_among
 from .sharding import Replicas
 
 
@@ -25,6 +25,9 @@ class MarsAdamW(Mars):
 
     Parameters with fewer than two dimensions get plain AdamW with `betas_1d` and `lr_1d`, unless `optimize_1d`.
 
+    The defaults are not the paper's, which are betas=(0.95, 0.99), gamma=0.025, max_norm=1.0, adjust_lr_fn="original"
+    (docs/differences.md).
+
     Args:
         params: iterable of parameters, of (name, parameter) pairs, or of param_groups; every setting below may differ
             between groups.
@@ -33,15 +36,15 @@ class MarsAdamW(Mars):
         eps: ε, at least 0.
         weight_decay: λ, decoupled, at least 0.
         gamma: γ in [0, 1], the strength of the correction; 0 is AdamW, 1 with `exact` is STORM's momentum.
-        max_norm: largest ‖c̃_t‖₂ of one parameter tensor, above 0; None turns the clip off.
+        max_norm: largest ‖c̃_t‖₂ of one parameter tensor, above 0; None: c̃_t = c_t.
         exact: subtract the gradient of the same mini-batch at x_{t−1} instead of g_{t−1}; see `previous_point`.
-        lr_1d: learning rate of 1d parameters; None is lr/2 (the ratio of the paper's GPT-2 runs), and all of lr with
-            `adjust_lr_fn="match_rms_adamw"`, where lr is AdamW's.
+        lr_1d: learning rate of 1d parameters; None is lr with `adjust_lr_fn="match_rms_adamw"`, where lr is AdamW's,
+            and else lr/2 (the ratio of the paper's GPT-2 runs).
         betas_1d: betas of 1d parameters.
         optimize_1d: give 1d parameters MARS, with `lr` and `betas`, too (MarsShampoo: MARS-AdamW at `lr_1d`).
-        adjust_lr_fn: "original" is the paper's update; "match_rms_adamw" divides its adaptive part (not the weight
-            decay) by r(β1, γ), which gives it the root mean square of AdamW's where noise dominates the gradient, so
-            that AdamW's learning rate carries over. r is 1 for γ = 0 and in exact mode.
+        adjust_lr_fn: "match_rms_adamw" divides the adaptive part of the update (not the weight decay) by r(β1, γ),
+            which gives it the root mean square of AdamW's where noise dominates the gradient, so that AdamW's learning
+            rate carries over. r is 1 for γ = 0 and in exact mode. "original" is the paper's update.
         last_grad_dtype: dtype of g_{t−1}: `torch.float32`, `torch.bfloat16` or their names; None: the parameter's.
         state_dtype: dtype of "exp_avg" and "exp_avg_sq", likewise.
         kahan_sum: keep the rest that rounding drops from the updates of bfloat16 and float16 parameters, in one more
@@ -66,17 +69,17 @@ class MarsAdamW(Mars):
         self,
         params: Iterable[Any],
         lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.99),
+        betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        gamma: float = 0.025,
-        max_norm: float | None = 1.0,
+        gamma: float = 0.05,
+        max_norm: float | None = None,
         exact: bool = False,
         lr_1d: float | None = None,
         betas_1d: tuple[float, float] = (0.9, 0.95),
         optimize_1d: bool = False,
-        adjust_lr_fn: str = "original",
+        adjust_lr_fn: str = "match_rms_adamw",
         last_grad_dtype: torch.dtype | str | None = None,
         state_dtype: torch.dtype | str | None = None,
         kahan_sum: bool | None = None,
@@ -97,12 +100,12 @@ class MarsLion(Mars):
         m_t = β1 m_{t−1} + (1−β1) c̃_t
         x   ← x − η ( sign(m_t) + λ x )
 
-    with c̃_t as in `MarsAdamW`, whose settings it shares. There is one average, not the two of Lion: the correction
-    stands for the other (docs/algorithm.md, "What it equals"). `betas[1]` is not used; `eps` is for 1d parameters,
-    which get AdamW.
+    with c̃_t as in `MarsAdamW`, whose settings it shares but for `adjust_lr_fn`: a sign has one size, whatever the
+    noise. There is one average, not the two of Lion: the correction stands for the other (docs/algorithm.md, "What it
+    equals"). `betas[1]` is not used; `eps` is for 1d parameters, which get AdamW. `lr_1d` is lr/2 by default.
 
-    State of a parameter: "exp_avg" (m_t) and "last_grad" (g_{t−1}). With max_norm=None in the approximate form one
-    tensor is enough: then there is no "last_grad", and "exp_avg" is the moving average of the plain gradients.
+    State of a parameter: one tensor, "exp_avg", the moving average of the plain gradients. With `max_norm`, or γ = 1,
+    "exp_avg" is m_t and "last_grad" is g_{t−1}; in exact mode "last_param" is x_{t−1}.
     """
 
     matrix_update = "lion"
@@ -138,12 +141,12 @@ class MarsShampoo(Mars):
         self,
         params: Iterable[Any],
         lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.99),
+        betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        gamma: float = 0.025,
-        max_norm: float | None = 1.0,
+        gamma: float = 0.05,
+        max_norm: float | None = None,
         exact: bool = False,
         lr_1d: float | None = None,
         betas_1d: tuple[float, float] = (0.9, 0.95),
@@ -167,4 +170,8 @@ class MarsShampoo(Mars):
             return {"update": "shampoo"}
         mars_m = settings["adjust_lr_fn"] == "match_rms_adamw"
         plain = not settings["optimize_1d"] if kind == "1d" else mars_m
-        return {"update": "adamw", "lr": lr_1d(settings), **(plain_adamw(settings) if plain else {})}
+        return {
+            "update": "adamw",
+            "lr": plain_rate(settings),
+            **(plain_adamw(settings) if plain else {}),
+        }

@@ -14,7 +14,7 @@ MARS_BETAS = dict(zip(("adam_beta1", "adam_beta2"), mars_default("betas"), stric
 
 @dataclass
 class MarsTrainingArguments(TrainingArguments):
-    """TrainingArguments whose optimizer is `mars_adamw`, with MARS's betas (0.95, 0.99) for any MARS optimizer.
+    """TrainingArguments whose optimizer is `mars_adamw`, with MARS's betas (0.9, 0.99) for any MARS optimizer.
 
     With another `optim` the betas are transformers' own, so that a baseline is the usual baseline. Everything else,
     the learning rate too, has transformers' defaults; MARS's other settings go through `optim_args`.
@@ -27,7 +27,7 @@ class MarsTrainingArguments(TrainingArguments):
     # None until __post_init__ knows the optimizer.
     adam_beta1: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "β1, the decay of the first moment. Default: 0.95 for MARS, else transformers' (0.9)."},
+        metadata={"help": "β1, the decay of the first moment. Default: 0.9."},
     )
     adam_beta2: float | None = field(  # type: ignore[assignment]
         default=None,

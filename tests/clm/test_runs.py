@@ -57,7 +57,7 @@ def test_fine_tuning_starts_from_the_saved_model(trained, tmp_path, capsys):
     output_dir, metrics = trained
     tuned = run_main(
         *("--model_name_or_path", output_dir, "--output_dir", tmp_path / "tuned", "--max_steps", 20),
-        *("--eval_on_start", "--max_eval_samples", 21, "--learning_rate", 3e-3, "--sample_prompt", "Mr. Darcy"),
+        *("--eval_on_start", "--max_eval_samples", 21, "--learning_rate", 1e-3, "--sample_prompt", "Mr. Darcy"),
     )
     start = log_history(tmp_path / "tuned")[0]
     assert start["step"] == 0 and start["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)

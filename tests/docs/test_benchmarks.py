@@ -5,7 +5,6 @@ import re
 import sys
 
 import pytest
-from clm_helpers import run_clm
 from launch_helpers import ROOT, launch
 from transformers import GPT2Config
 
@@ -27,13 +26,6 @@ def tiny_diagnostics_cost(module, patch):
     patch.setattr(module, "REPEATS", 1)
 
 
-def tiny_compare_optimizers(module, patch):
-    def run(command, **_):
-        run_clm.main([*command[2:], *TINY_RUN, *TINY_MODEL])
-
-    patch.setattr(module.subprocess, "run", run)
-
-
 def tiny_low_precision(module, patch):
     train = module.train
 
@@ -50,11 +42,6 @@ def tiny_trainer_throughput(module, patch):
 
 # name -> its arguments; the rows of its tables, to which the `bench` extra adds; what shrinks the rest
 RUNS = {
-    "compare_optimizers": (
-        "--rows mars_lion adamw_torch --learning_rates 1e-3 --seeds 1 --plot sweep.png",
-        2,
-        tiny_compare_optimizers,
-    ),
     "data_preparation": ("--repeat 1 --rounds 1 --block_size 64", 2, None),
     "diagnostics_cost": ("", 0, tiny_diagnostics_cost),
     "exact_cost": ("--n_layer 1 --n_embd 8 --vocab 32 --block 8 --batch 1 --accumulate 1 --turn 1 --turns 2", 2, None),
@@ -93,4 +80,5 @@ def test_sharded_step_runs():
 
 def test_every_benchmark_is_run():
     elsewhere = {"sharded_step", "communication", "communication_formulas"}  # here, and in test_scaling.py
+    elsewhere |= {"pretrain_gpu", "pretrain_gpu_runs", "evidence"}  # in files of their own
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == RUNS.keys() | elsewhere

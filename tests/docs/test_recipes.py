@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_mars.clm.argument_files import values_of_file
 from hf_mars.clm.bpe import END_OF_TEXT, train_bpe
 from hf_mars.clm.texts import Texts
+from hf_mars.trainer.options import parse_optim_args
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Per size: layers, heads, width, learning rates of MARS and AdamW, the authors' smallest learning rate.
@@ -64,8 +65,14 @@ def test_hyperparameters_are_the_papers(path):
     if optimizer == "mars":
         assert training_args.optim == "mars_adamw"
         assert (training_args.learning_rate, training_args.weight_decay, betas) == (mars_lr, 0.01, (0.95, 0.99))
-        options = dict(entry.split("=") for entry in training_args.optim_args.split(","))
-        assert {key: float(value) for key, value in options.items()} == {"gamma": 0.025, "lr_1d": mars_lr / 2}
+        stated = {key: values_of_file(path)[key] for key in ("adam_beta1", "adam_beta2")}
+        assert stated == {"adam_beta1": 0.95, "adam_beta2": 0.99}  # and not left to any default
+        assert parse_optim_args(training_args.optim_args, "mars_adamw") == {
+            "gamma": 0.025,
+            "max_norm": 1.0,
+            "adjust_lr_fn": "original",
+            "lr_1d": mars_lr / 2,
+        }
     else:
         assert training_args.optim == "adamw_torch_fused"
         assert (training_args.learning_rate, training_args.weight_decay, betas) == (adamw_lr, 0.1, (0.9, 0.95))

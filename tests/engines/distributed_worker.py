@@ -5,6 +5,7 @@ relative difference of a parameter; for "fsdp1" what each variant says to it.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType
 from accelerate_helpers import let_accelerate_shard_on_cpus
-from helpers import METHODS
+from helpers import METHODS, make
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -107,17 +108,17 @@ def train(model, optimizer, inputs, targets, rows, *, set_to_none, micro_batches
     return clipped_steps
 
 
-def largest_error(engine, cls, arguments, inputs, targets):
+def largest_error(engine, make_optimizer, inputs, targets):
     alone = make_model()
-    clipped_steps = train(alone, cls(alone.parameters(), **arguments), inputs, targets, slice(None), set_to_none=True)
+    clipped_steps = train(alone, make_optimizer(alone.parameters()), inputs, targets, slice(None), set_to_none=True)
     assert 0 < clipped_steps < STEPS, clipped_steps
     model = make_model()
     if engine == "fsdp2_accelerate":
         parts = dist.get_world_size()
-        wrapped, optimizer = prepare(model, cls(model.parameters(), **arguments))
+        wrapped, optimizer = prepare(model, make_optimizer(model.parameters()))
     else:
         wrapped, parts = wrap(engine, model, dist.get_world_size())
-        optimizer = cls(model.parameters(), **arguments)
+        optimizer = make_optimizer(model.parameters())
     part = dist.get_rank() * parts // dist.get_world_size()
     rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
     # Reused gradient memory is DDP's trap; bucket views stay views only if they are zeroed in place.
@@ -161,9 +162,9 @@ def main(processes, engines):
         if engine == "fsdp1"
         else {
             f"{method} {option}": largest_error(
-                engine, cls, {"lr": 0.02, "weight_decay": 0.1, **keywords, **settings}, inputs, targets
+                engine, functools.partial(make, method, weight_decay=0.1, **settings), inputs, targets
             )
-            for method, (cls, keywords, _) in METHODS.items()
+            for method in METHODS
             for option, settings in OPTIONS.items()
         }
         for engine in engines

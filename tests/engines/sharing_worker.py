@@ -99,7 +99,7 @@ def check_optimizers(world, found):
     finals = []
     for process_group in (None, dist.group.WORLD):
         model = make_model()
-        optimizer = MarsShampoo(model.parameters(), process_group=process_group)
+        optimizer = MarsShampoo(model.parameters(), max_norm=1.0, process_group=process_group)
         for t in range(3):
             for p, g in zip(model.parameters(), gradients(model, t), strict=True):
                 p.grad = g
@@ -111,7 +111,7 @@ def check_optimizers(world, found):
     for cls in (MarsAdamW, MarsShampoo):
         model = make_model()
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-        optimizer = cls(model.parameters(), optimize_1d=cls is MarsAdamW)
+        optimizer = cls(model.parameters(), max_norm=1.0, optimize_1d=cls is MarsAdamW)
         for t in range(2):
             for p, g in zip(model.parameters(), gradients(make_model(), t), strict=True):
                 p.grad = distribute_tensor(g, p.device_mesh, p.placements)
@@ -132,7 +132,7 @@ def check_pieces(world):
         finals = []
         for place in (torch.clone, lambda v: distribute_tensor(v, mesh, [Shard(0)])):
             params = [nn.Parameter(place(v)) for v in values]
-            optimizer = cls(params, lr=0.1)
+            optimizer = cls(params, lr=0.1, max_norm=1.0)
             for step in slopes:
                 for p, g in zip(params, step, strict=True):
                     p.grad = place(g)

@@ -12,7 +12,7 @@ from hf_mars import MarsTrainer, MarsTrainingArguments
 from hf_mars.trainer.names import VARIANTS
 
 ARGUMENTS = pytest.mark.parametrize("cls", [TrainingArguments, MarsTrainingArguments])
-FORMS = pytest.mark.parametrize("optim_args", ["max_norm=none", "exact=true"], ids=["approx", "exact"])
+FORMS = pytest.mark.parametrize("optim_args", ["", "max_norm=1.0", "exact=true"], ids=["default", "clip", "exact"])
 
 
 @pytest.fixture
@@ -65,9 +65,17 @@ def test_deepspeed_refuses_shampoo(cls, zero, optim_args, optim, make_arguments)
 @ARGUMENTS
 @pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
 def test_deepspeed_refuses_the_clip(cls, optim, make_arguments):
-    for optim_args, max_norm in {None: 1.0, "max_norm=0.5": 0.5}.items():
-        parts = [f"optim={optim!r} with max_norm={max_norm}", "--optim_args max_norm=none"]
-        deepspeed_refuses(make_arguments, *parts, cls=cls, optim=optim, optim_args=optim_args)
+    parts = [f"optim={optim!r} with max_norm=0.5", "--optim_args max_norm=none"]
+    deepspeed_refuses(make_arguments, *parts, cls=cls, optim=optim, optim_args="max_norm=0.5")
+
+
+@NEEDS_DEEPSPEED
+@ARGUMENTS
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
+def test_deepspeed_takes_the_defaults(cls, zero, optim, make_arguments):
+    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": zero}}
+    make_arguments(cls, optim=optim, deepspeed=config)
 
 
 @NEEDS_DEEPSPEED
@@ -124,7 +132,7 @@ ZERO_2 = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}
 REFUSED = {
     "FSDP1": {"optim": "mars_adamw", "fsdp": True, "fsdp_config": {"version": 1}},
     "DeepSpeed, mars_shampoo or mars_m": {"optim": "mars_shampoo", "deepspeed": ZERO_2},
-    "DeepSpeed, the clip": {"optim": "mars_adamw", "deepspeed": ZERO_2},
+    "DeepSpeed, the clip": {"optim": "mars_adamw", "optim_args": "max_norm=1.0", "deepspeed": ZERO_2},
     "DeepSpeed, exact": {"optim": "mars_lion", "optim_args": "exact=true", "deepspeed": ZERO_2},
     "DeepSpeed, offload": {
         "optim": "mars_lion",

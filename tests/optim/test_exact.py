@@ -294,7 +294,7 @@ def test_the_estimator_has_a_smaller_error(seed):
 def test_settings_that_change_back_find_nothing_out_of_date():
     """exact off and on again, γ to 0 and back: each time the first step has no correction, as at t = 1."""
     (weight,) = params = [torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float64))]
-    optimizer = MarsAdamW(params, lr=0.1, exact=True, gamma=0.5, max_norm=None)
+    optimizer = MarsAdamW(params, lr=0.1, exact=True, gamma=0.5, betas=(0.95, 0.99))
     (group,) = optimizer.param_groups
 
     def step(gradient, previous=None):

@@ -41,7 +41,7 @@ def test_hyperparameters_live_in_the_groups(cls):
     for group in optimizer.param_groups:
         assert keys <= group.keys()
     matrix = optimizer.param_groups[0]
-    defaults = {"lr": 3e-3, "betas": (0.95, 0.99), "eps": 1e-8, "weight_decay": 0.0, "gamma": 0.025, "max_norm": 1.0}
+    defaults = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "gamma": 0.05, "max_norm": None}
     assert {key: matrix[key] for key in defaults} == defaults
     assert matrix["exact"] is False
     if cls is MarsShampoo:
@@ -135,11 +135,12 @@ def test_groups_are_split_into_matrices_and_1d(cls):
         max_norm=2.0,
     )
     first, first_1d, second, second_1d = optimizer.param_groups
+    of_lr = 1 if cls is MarsAdamW else 0.5  # an lr that is AdamW's own serves 1d parameters as it is
     for group, params, wanted in [
-        (first, [w], {"kind": "matrix", "lr": 0.2, "weight_decay": 0.1, "gamma": 0.025, "update": UPDATE[cls]}),
-        (first_1d, [b, scalar], {"kind": "1d", "lr": 0.1, "weight_decay": 0.1}),
+        (first, [w], {"kind": "matrix", "lr": 0.2, "weight_decay": 0.1, "gamma": 0.05, "update": UPDATE[cls]}),
+        (first_1d, [b, scalar], {"kind": "1d", "lr": 0.2 * of_lr, "weight_decay": 0.1}),
         (second, [other_w], {"kind": "matrix", "lr": 0.5, "weight_decay": 0.0, "gamma": 0.3, "note": "mine"}),
-        (second_1d, [other_b], {"kind": "1d", "lr": 0.25, "weight_decay": 0.0, "note": "mine"}),
+        (second_1d, [other_b], {"kind": "1d", "lr": 0.5 * of_lr, "weight_decay": 0.0, "note": "mine"}),
     ]:
         assert len(group["params"]) == len(params)
         assert all(p is q for p, q in zip(group["params"], params, strict=True))
@@ -156,7 +157,7 @@ def test_lr_1d(cls):
     def rates(groups, **options):
         return [group["lr"] for group in cls(groups, **options).param_groups]
 
-    assert rates(make_params([(3, 4), (5,)]), lr=0.2) == [0.2, 0.1]
+    assert rates(make_params([(3, 4), (5,)]), lr=0.2) == [0.2, 0.2 if cls is MarsAdamW else 0.1]
     assert rates(make_params([(3, 4), (5,)]), lr=0.2, lr_1d=0.7) == [0.2, 0.7]
     assert rates(make_params([(3, 4), (5,)]), lr=0.2, lr_1d=0.0) == [0.2, 0.0]
     assert rates(make_params([(3, 4), (5,)]), lr=0.0) == [0.0, 0.0]
@@ -164,7 +165,7 @@ def test_lr_1d(cls):
     groups = [{"params": make_params([(3, 4), (5,)]), "lr": 0.4}, {"params": make_params([(3, 4), (5,)])}]
     assert rates(groups, lr=0.2, lr_1d=0.7) == [0.4, 0.7, 0.2, 0.7]
     groups = [{"params": make_params([(3, 4), (5,)]), "lr_1d": 0.4}, {"params": make_params([(3, 4), (5,)])}]
-    assert rates(groups, lr=0.2) == [0.2, 0.4, 0.2, 0.1]
+    assert rates(groups, lr=0.2) == [0.2, 0.4, 0.2, 0.2 if cls is MarsAdamW else 0.1]
 
 
 @EVERY_METHOD
@@ -179,8 +180,8 @@ def test_optimize_1d_gives_every_parameter_the_same(cls):
     groups = cls(make_params(FEW_SHAPES), lr=0.2, optimize_1d=True).param_groups
     assert [group["kind"] for group in groups] == ["matrix", "1d"]
     for group in groups:
-        assert (group["lr"], group["betas"], group["update"]) == (0.2, (0.95, 0.99), UPDATE[cls])
-        assert (group["gamma"], group["max_norm"]) == (0.025, 1.0)
+        assert (group["lr"], group["betas"], group["update"]) == (0.2, (0.9, 0.99), UPDATE[cls])
+        assert (group["gamma"], group["max_norm"]) == (0.05, None)
 
 
 @EVERY_METHOD
@@ -199,7 +200,8 @@ def test_a_group_states_its_kind(method, kind, shape, lr_1d):
 @pytest.mark.parametrize("cls", [MarsAdamW, MarsLion])
 def test_a_flat_shard_of_a_matrix_is_a_matrix(cls):
     params = make_params([(12,)])
-    optimizer = cls([{"params": params, "kind": "matrix"}], lr=0.02, max_norm=None)
+    method = {MarsAdamW: "mars_adamw", MarsLion: "mars_lion"}[cls]
+    optimizer = make(method, [{"params": params, "kind": "matrix"}], lr=0.02, max_norm=None)
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["gamma"]) == (0.02, 0.025)
     check_follows(optimizer, params, references(UPDATE[cls], params, lr=0.02, kind="matrix", max_norm=None))
 

@@ -143,7 +143,7 @@ def test_the_norm_is_accurate_over_many_elements(execution):
     lengths = []
     for n in (1, 1 << 21):
         param = torch.nn.Parameter(torch.zeros(n, 1, device=execution.device))
-        optimizer = MarsLion([param], lr=0.0, betas=(0.0, 0.99))
+        optimizer = MarsLion([param], lr=0.0, betas=(0.0, 0.99), max_norm=1.0)
         param.grad = torch.full_like(param, 3.0)
         optimizer.step()
         lengths.append(optimizer.state[param]["exp_avg"].double().norm().item())

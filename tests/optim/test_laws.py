@@ -194,6 +194,6 @@ def test_a_constant_gradient_needs_no_correction(gamma):
     """c = g, and the bias-corrected momentum is g itself."""
     params = make_params(MATRICES)
     constant = make_gradients(params, 1) * STEPS
-    optimizer = MarsAdamW(params, lr=0.01, gamma=gamma, max_norm=None)
+    optimizer = MarsAdamW(params, lr=0.01, gamma=gamma, betas=(0.95, 0.99))
     run_steps(optimizer, params, constant)
     assert_close([optimizer.state[p]["exp_avg"] / (1 - 0.95**STEPS) for p in params], constant[0], 1e-12)

@@ -238,7 +238,7 @@ def test_bfloat16_parameters_follow_float32(method, kahan_sum, follows):
 def test_states_default_to_the_parameters_dtype():
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         params = make_params([(4, 3)], dtype=dtype)
-        optimizer = MarsLion(params)
+        optimizer = MarsLion(params, max_norm=1.0)
         run_steps(optimizer, params, make_gradients(params, 2))
         assert set(dtypes_of(optimizer, params[0]).values()) == {dtype}
 

@@ -51,7 +51,7 @@ def test_dropout_adds_no_difference_between_the_evaluations():
     """lr = 0: x_{t−1} = x_t, so with equal masks the correction is zero, and c_t = g_t in spite of κ = 19."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3, bias=False))
-    optimizer = MarsAdamW(model.parameters(), lr=0.0, gamma=1.0, exact=True, max_norm=None)
+    optimizer = MarsAdamW(model.parameters(), lr=0.0, gamma=1.0, exact=True, betas=(0.95, 0.99))
     inputs = torch.randn(4, 6)
     weight = model[0].weight
     average = torch.zeros_like(weight)

@@ -29,7 +29,7 @@ def test_white_noise_moves_parameters_as_far_as_adamw_does(beta1, gamma):
     betas = (beta1, 0.99)
     expected = rms_of_updates(torch.optim.AdamW, betas=betas)
     adjusted = rms_of_updates(MarsAdamW, betas=betas, gamma=gamma, adjust_lr_fn="match_rms_adamw")
-    original = rms_of_updates(MarsAdamW, betas=betas, gamma=gamma)
+    original = rms_of_updates(MarsAdamW, betas=betas, gamma=gamma, adjust_lr_fn="original")
     assert adjusted == pytest.approx(expected, rel=0.02)
     assert original == pytest.approx(relative_update_rms(gamma, beta1) * expected, rel=0.02)
 
@@ -45,7 +45,14 @@ def test_the_factor_is_on_the_adaptive_part_alone(composed):
         AdamW(vector, eta=lr, lam=decay, betas=(0.9, 0.95), gamma=0.0, max_norm=None),
     ]
     optimizer = MarsAdamW(
-        params, lr=lr, betas=betas, weight_decay=decay, gamma=gamma, adjust_lr_fn="match_rms_adamw", **composed
+        params,
+        lr=lr,
+        betas=betas,
+        weight_decay=decay,
+        gamma=gamma,
+        adjust_lr_fn="match_rms_adamw",
+        max_norm=1.0,
+        **composed,
     )
     gradients = make_gradients(params, 5)
     run_steps(optimizer, params, gradients)

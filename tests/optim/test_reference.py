@@ -14,6 +14,7 @@ from helpers import (
     assert_close,
     assert_equal,
     factor,
+    make,
     make_gradients,
     make_params,
     run_steps,
@@ -48,8 +49,8 @@ OPTIONS = {
 
 def build(method, params, **options):
     """The optimizer, its learning-rate schedule and its references."""
-    cls, keywords, variant = METHODS[method]
-    optimizer = cls(params, lr=LR, **keywords, **options)
+    _, keywords, variant = METHODS[method]
+    optimizer = make(method, params, lr=LR, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     switches = {"foreach", "fused"}
     stated = {name: value for name, value in options.items() if name not in switches}

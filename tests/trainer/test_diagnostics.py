@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import EVERY_METHOD, METHODS, assert_equal, make_gradients, make_params, tiny_gpt2
+from helpers import EVERY_METHOD, PAPER, assert_equal, make, make_gradients, make_params, tiny_gpt2
 from launch_helpers import launch
 from trainer_helpers import make_trainer, optimizer_of, token_blocks, train, weights
 from transformers import Trainer, TrainerCallback
@@ -47,10 +47,10 @@ def mars_rows(trainer):
 @pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion", "mars_shampoo"])
 def test_values_equal_an_independent_computation(tmp_path, optim):
     """With gradient accumulation, clipping by the global norm, and a max_norm that some tensors exceed."""
-    recorder, gamma, max_norm = Recorder(), 0.05, 0.4
-    settings = {**SETTINGS, "optim": optim, "optim_args": f"gamma={gamma},max_norm={max_norm}"}
-    trainer = train(tmp_path, callbacks=[recorder], **settings)
-    kappa = gamma * 0.95 / 0.05
+    recorder, gamma, beta1, max_norm = Recorder(), 0.05, 0.95, 0.4
+    optim_args = f"gamma={gamma},beta1={beta1},max_norm={max_norm},lr_1d=5e-4"
+    trainer = train(tmp_path, callbacks=[recorder], **SETTINGS, optim=optim, optim_args=optim_args)
+    kappa = gamma * beta1 / (1 - beta1)
     names = [name for name, p in trainer.model.named_parameters() if p.ndim >= 2]
     rows = mars_rows(trainer)
     assert len(rows) == len(recorder.grads) == 6
@@ -78,7 +78,8 @@ def test_exact_mode_subtracts_the_gradient_at_the_previous_point(tmp_path):
     recorder = Recorder()
     model = tiny_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     data = {"train_dataset": token_blocks(4), "gradient_accumulation_steps": 1}
-    trainer = train(tmp_path, model=model, callbacks=[recorder], **{**SETTINGS, **data}, optim_args="exact=true")
+    settings = {**SETTINGS, **data, "optim_args": "exact=true,gamma=0.025,beta1=0.95"}
+    trainer = train(tmp_path, model=model, callbacks=[recorder], **settings)
     names = [name for name, p in model.named_parameters() if p.ndim >= 2]
     for step, row in mars_rows(trainer).items():
         g, last = ([recorder.grads[max(i, 0)][name] for name in names] for i in (step - 1, step - 2))
@@ -107,7 +108,7 @@ def test_only_logged_steps_measure_and_only_losses_carry_it(tmp_path, monkeypatc
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_logging_once_an_epoch(tmp_path, accumulation):
     epochs = {"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
-    trainer = train(tmp_path, **epochs, gradient_accumulation_steps=accumulation)
+    trainer = train(tmp_path, **epochs, optim_args="max_norm=1.0", gradient_accumulation_steps=accumulation)
     rows = mars_rows(trainer)
     assert len(rows) == 2 and all(row.keys() == MEASURED | RATES for row in rows.values())
 
@@ -115,12 +116,17 @@ def test_logging_once_an_epoch(tmp_path, accumulation):
 @pytest.mark.parametrize(
     ("optim", "optim_args", "known"),
     [
-        ("mars_adamw", "gamma=0", {"mars/clipped_fraction"}),
-        ("mars_adamw", "gamma=0,max_norm=none", set()),
-        ("mars_adamw", "max_norm=none", {"mars/correction_ratio", "mars/gradient_cosine"}),
-        ("mars_lion", "max_norm=none", set()),
+        ("mars_adamw", "gamma=0,max_norm=1.0", {"mars/clipped_fraction"}),
+        ("mars_adamw", "gamma=0", set()),
+        ("mars_adamw", "", {"mars/correction_ratio", "mars/gradient_cosine"}),
+        ("mars_adamw", "max_norm=1.0", MEASURED),
+        ("mars_lion", "", set()),
+        ("mars_lion", "max_norm=1.0", MEASURED),
         # Its embeddings keep g_{t−1}, but a ratio of those alone would pass for that of the model.
-        ("mars_shampoo", "max_norm=none", set()),
+        ("mars_shampoo", "", set()),
+        ("mars_shampoo", "max_norm=1.0", MEASURED),
+        ("mars_m", "", set()),
+        ("mars_m", "max_norm=1.0", MEASURED),
     ],
 )
 def test_what_cannot_be_known_is_left_out(tmp_path, optim, optim_args, known):
@@ -161,7 +167,7 @@ def test_tensorboard_and_trainer_state_have_them(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = make_trainer(tmp_path, Trainer, report_to="tensorboard")
+    trainer = make_trainer(tmp_path, Trainer, report_to="tensorboard", optim_args="max_norm=1.0")
     MarsDiagnosticsCallback().attach(trainer)
     trainer.train()
     trainer.save_state()
@@ -181,7 +187,7 @@ def test_weights_and_biases_and_trackio_get_them(tmp_path, monkeypatch, reporter
     config_util = MagicMock(ConfigError=type("ConfigError", (Exception,), {}))
     monkeypatch.setitem(sys.modules, reporter, library)
     monkeypatch.setitem(sys.modules, "wandb.sdk.lib.config_util", config_util)
-    trainer = make_trainer(tmp_path, Trainer, report_to=reporter)
+    trainer = make_trainer(tmp_path, Trainer, report_to=reporter, optim_args="max_norm=1.0")
     MarsDiagnosticsCallback().attach(trainer)
     trainer.train()
     written = [call.args[0] for call in library.log.call_args_list]
@@ -215,7 +221,7 @@ def test_halves_neither_overflow_nor_vanish(dtype):
     """Products of gradients around 1e-4 and 1e3 leave float16's range."""
     for size in (1e-4, 1e3):
         params = make_params(dtype=dtype)
-        optimizer = MarsAdamW(params, optimize_1d=True)
+        optimizer = MarsAdamW(params, optimize_1d=True, **PAPER)
         g, last = make_gradients(params, 2, scales=(size,))
         for step in (last, g):
             for p, grad in zip(params, step, strict=True):
@@ -231,9 +237,8 @@ def test_halves_neither_overflow_nor_vanish(dtype):
 
 @EVERY_METHOD
 def test_nothing_is_changed(method):
-    optimizer_cls, keywords, _ = METHODS[method]
     params = make_params()
-    optimizer = optimizer_cls(params, **keywords)
+    optimizer = make(method, params)
     gradients = make_gradients(params, 2)
     for i, step in enumerate(gradients):
         for p, grad in zip(params, step, strict=True):
@@ -250,7 +255,7 @@ def test_nothing_is_changed(method):
 def test_no_gradients_or_zero_ones():
     """Nothing is divided by zero."""
     params = make_params()
-    optimizer = MarsLion(params)
+    optimizer = MarsLion(params, max_norm=1.0)
     assert step_diagnostics(optimizer) == {"lr_matrix": 3e-3, "lr_1d": 1.5e-3}
     for p in params:
         p.grad = torch.zeros_like(p)

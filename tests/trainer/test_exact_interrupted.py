@@ -166,7 +166,7 @@ def test_batches_that_an_epoch_leaves_over_keep_both_gradients(tmp_path):
         evaluate(batches, num_items_in_batch)
         if len(batches) == 2:
             for group in optimizer.param_groups:
-                group["lr"] = (1e-2 if group["kind"] == "matrix" else 5e-3) * (1 - step / 3)
+                group["lr"] = 1e-2 * (1 - step / 3)
             step += 1
             optimizer.step()
             optimizer.zero_grad()

@@ -29,6 +29,9 @@ def test_the_optimizers_state(folder, tmp_path):
         assert state["step"] == 3
     for group, wanted in zip(loaded["param_groups"], saved["param_groups"], strict=True):
         assert {key: group[key] for key in wanted} == wanted
+        # Today's defaults of what make_trainer() leaves open, and their meaning of an lr_1d, are not put in.
+        assert (group["gamma"], group["max_norm"]) in ((0.05, 1.0), (0.0, None))
+        assert group["adjust_lr_fn"] == "original"
 
 
 @EVERY_FOLDER

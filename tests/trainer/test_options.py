@@ -123,11 +123,11 @@ def test_any_text_is_read_or_refused_with_a_value_error(name, text):
 @pytest.mark.parametrize(
     ("cls", "settings", "betas"),
     [
-        (TrainingArguments, {}, (0.95, 0.99)),
+        (TrainingArguments, {}, (0.9, 0.99)),
         (TrainingArguments, {"adam_beta1": 0.8}, (0.8, 0.99)),
-        (TrainingArguments, {"adam_beta2": 0.9}, (0.95, 0.9)),
+        (TrainingArguments, {"adam_beta2": 0.95}, (0.9, 0.95)),
         (TrainingArguments, {"adam_beta1": 0.8, "optim_args": "beta1=0.7"}, (0.7, 0.99)),
-        (MarsTrainingArguments, {}, (0.95, 0.99)),
+        (MarsTrainingArguments, {}, (0.9, 0.99)),
         (MarsTrainingArguments, {"adam_beta1": 0.9, "adam_beta2": 0.999}, (0.9, 0.999)),
         (MarsTrainingArguments, {"adam_beta1": 0.9, "optim_args": "beta2=0.5"}, (0.9, 0.5)),
     ],
@@ -138,7 +138,7 @@ def test_whose_betas_count(cls, settings, betas, tmp_path):
 
 def test_mars_training_arguments_defaults(tmp_path):
     args = MarsTrainingArguments(output_dir=str(tmp_path))
-    assert (args.optim, args.adam_beta1, args.adam_beta2) == ("mars_adamw", 0.95, 0.99)
+    assert (args.optim, args.adam_beta1, args.adam_beta2) == ("mars_adamw", 0.9, 0.99)
     baseline = MarsTrainingArguments(output_dir=str(tmp_path), optim="adamw_torch")
     stock = TrainingArguments(output_dir=str(tmp_path), optim="adamw_torch")
     assert (baseline.adam_beta1, baseline.adam_beta2) == (stock.adam_beta1, stock.adam_beta2)
@@ -154,7 +154,7 @@ def test_everything_reaches_the_optimizer(tmp_path):
     )
     assert hyperparameters(args) == {
         "lr": 0.02,
-        "betas": (0.95, 0.99),
+        "betas": (0.9, 0.99),
         "eps": 1e-6,
         "gamma": 0.05,
         "max_norm": None,
@@ -171,7 +171,7 @@ def test_effective_hyperparameters_are_logged_once(tmp_path, caplog, monkeypatch
         cls, _ = options.optimizer_cls_and_kwargs(args, None)
     assert cls is MarsLion
     lines = [record.getMessage() for record in caplog.records if "gamma=0.07" in record.getMessage()]
-    assert len(lines) == 1 and "betas=(0.95, 0.99)" in lines[0]
+    assert len(lines) == 1 and "betas=(0.9, 0.99)" in lines[0]
 
 
 def test_shampoo_needs_the_model(tmp_path):

@@ -125,7 +125,8 @@ def test_no_decay_by_default_of_zero():
 
 UPDATES = [
     # optimizer, options, update and learning rate of a matrix, an embedding, a vector
-    (MarsAdamW, {}, ("adamw", 0.2), ("adamw", 0.2), ("adamw", 0.1)),
+    (MarsAdamW, {}, ("adamw", 0.2), ("adamw", 0.2), ("adamw", 0.2)),
+    (MarsAdamW, {"adjust_lr_fn": "original"}, ("adamw", 0.2), ("adamw", 0.2), ("adamw", 0.1)),
     (MarsShampoo, {}, ("shampoo", 0.2), ("adamw", 0.1), ("adamw", 0.1)),
     (MarsShampoo, {"orthogonalize_embeddings": True}, ("shampoo", 0.2), ("shampoo", 0.2), ("adamw", 0.1)),
     (MarsShampoo, {"adjust_lr_fn": "match_rms_adamw"}, ("shampoo", 0.2), ("adamw", 0.2), ("adamw", 0.2)),

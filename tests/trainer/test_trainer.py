@@ -18,7 +18,7 @@ def test_stock_trainer_and_mars_trainer_give_the_same_run(tmp_path, optim):
 
 
 @pytest.mark.parametrize("optim", NAMES)
-@pytest.mark.parametrize("optim_args", ["", "exact=true", "max_norm=none"])
+@pytest.mark.parametrize("optim_args", ["", "exact=true,max_norm=1.0", "max_norm=1.0"])
 def test_resuming_is_bit_exact(tmp_path, optim, optim_args):
     """With dropout and gradient accumulation, over an epoch's end, from the middle of an epoch."""
     settings = {"optim": optim, "optim_args": optim_args, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
@@ -107,9 +107,10 @@ def weights_with_gradients(trainer):
 
 
 @pytest.mark.parametrize("optim", NAMES)
-def test_several_gpus_in_one_process(tmp_path, optim, monkeypatch):
+@pytest.mark.parametrize("optim_args", ["", "max_norm=1.0"])
+def test_several_gpus_in_one_process(tmp_path, optim, optim_args, monkeypatch):
     """What the Trainer does on a machine with two GPUs where no launcher was used, but for the GPUs."""
-    settings = {"optim": optim, "learning_rate": 1e-3, "max_steps": 4}
+    settings = {"optim": optim, "optim_args": optim_args, "learning_rate": 1e-3, "max_steps": 4}
     settings["train_dataset"] = [{**block, "labels": block["input_ids"]} for block in token_blocks()]
     alone = train(tmp_path, Trainer, model=tiny_gpt2(**NO_DROPOUT), **settings)
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
