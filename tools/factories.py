@@ -40,7 +40,7 @@ FACTORIES = {
     "llama_factory": Factory(
         "llamafactory==0.9.5 transformers==5.6.0 accelerate==1.11.0 peft==0.18.1 trl==0.24.0 datasets==4.0.0 "
         "fsspec==2025.3.0 dill==0.3.8 multiprocess==0.70.16 tokenizers==0.22.2 huggingface_hub==1.10.0 omegaconf "
-        "antlr4-python3-runtime==4.9.3 fire einops termcolor av==16.0.0",
+        "antlr4-python3-runtime==4.9.3 fire einops termcolor av==16.0.0 httpx httpcore",
         stand_ins=("torchaudio",),
     ),
     "ms_swift": Factory(

@@ -219,7 +219,7 @@ def checked_settings(args: TrainingArguments) -> tuple[type[Mars], dict[str, Any
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[Mars], dict[str, Any]]:
-    """The counterpart of `Trainer.get_optimizer_cls_and_kwargs` for MARS names; logs the hyperparameters.
+    """The counterpart of `Trainer.get_optimizer_cls_and_kwargs` for MARS names.
 
     Args:
         args: see `checked_settings`.
@@ -233,7 +233,6 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         ValueError: see `checked_settings`; or MarsShampoo is not given the model.
     """
     optimizer_cls, kwargs = checked_settings(args)
-    logger.info(f"{optimizer_cls.__name__}({', '.join(f'{key}={value!r}' for key, value in kwargs.items())})")
     if args.device.type == "cpu" and not is_compiled():
         logger.warning(
             "the compiled step of hf_mars is missing (no C compiler when it was installed, or torch's threads are not "

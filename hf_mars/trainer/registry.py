@@ -1,6 +1,6 @@
 """Makes MARS's names valid values of `TrainingArguments.optim` that every Trainer can use, by changing transformers.
 
-Four modules of transformers are changed, each when a script imports it (`on_import`): `import hf_mars` alone imports
+Five modules of transformers are changed, each when a script imports it (`on_import`): `import hf_mars` alone imports
 neither transformers nor torch. Functions that are put into them import the rest of this package when they are called.
 """
 
@@ -38,6 +38,7 @@ def register() -> None:
     when_imported("transformers.training_args", _add_names)
     when_imported("transformers.trainer_optimizer", _add_handlers)
     when_imported("transformers.modelcard", _describe_in_cards)
+    when_imported("transformers.trainer_callback", _add_summary)
 
 
 def diagnose_every_trainer() -> None:
@@ -162,6 +163,25 @@ def _with_mars(extract: Callable[[Trainer], dict[str, Any]]) -> Callable[[Traine
         return extract(trainer) | ({} if description is None else {"optimizer": description})
 
     return extract_with_mars
+
+
+# ---- transformers.trainer_callback: the line that says what is in effect ----
+
+
+def _add_summary(trainer_callback: ModuleType) -> None:
+    wrap_once(trainer_callback.CallbackHandler, "on_optimizer_step", _with_summary)
+
+
+def _with_summary(on_optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
+    def on_optimizer_step_with_summary(
+        self: CallbackHandler, args: TrainingArguments, *rest: Any, **kwargs: Any
+    ) -> Any:
+        from .summary import show_once
+
+        show_once(args, self.optimizer)
+        return on_optimizer_step(self, args, *rest, **kwargs)
+
+    return on_optimizer_step_with_summary
 
 
 # ---- transformers.trainer: diagnostics in every Trainer, where they are asked for ----
