@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -39,6 +40,23 @@ def all_or_none() -> Iterator[None]:
     for process, report in enumerate(reports):
         if report:
             raise UsageError(f"process {process} {report}")
+
+
+def check_all_are_seen(world_size: int) -> None:
+    """Refuse processes that a launcher has started as one run and that would train one by one, in the same folder.
+
+    Args:
+        world_size: processes of the run, as TrainingArguments see it.
+
+    Raises:
+        UsageError: the launcher says (WORLD_SIZE) that there are others.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if world_size == 1 and launched.isdecimal() and int(launched) > 1:
+        raise UsageError(
+            f"WORLD_SIZE={launched}: the launcher has started {launched} processes, but each sees only itself, since "
+            "there is no GPU for it; give --use_cpu to train on CPUs"
+        )
 
 
 def check_same(value: Any, what: str) -> None:

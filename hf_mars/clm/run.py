@@ -23,7 +23,7 @@ from .log import logger
 from .metrics import ComputeLanguageModelMetrics, losses_and_tokens
 from .model import choose_block_size, fit_vocabulary, load_config, load_model
 from .output_folder import checkpoint_to_resume, files_of_previous_run
-from .processes import all_or_none, check_same, leave_together
+from .processes import all_or_none, check_all_are_seen, check_same, leave_together
 from .report import generate_sample, summarize
 from .splits import load_blocks, load_splits
 from .texts import Texts
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, program)
     model_args, data_args, run_args, training_args = arguments
+    check_all_are_seen(training_args.world_size)
     set_up_logging(training_args)
     checkpoint, stale = find_start(arguments)
 

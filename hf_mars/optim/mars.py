@@ -77,7 +77,10 @@ class Mars(Optimizer):
             )
         self._roles: Mapping[Tensor, ParameterRole] = roles or {}
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._guesses = False
         super().__init__(params, settings)
+        if self._guesses:
+            warnings.warn(_GUESSED, stacklevel=3)  # at the line that makes the optimizer, once for each
         del self._roles  # it would keep alive the parameters that an engine replaces
         self._start_anew()
 
@@ -256,7 +259,7 @@ class Mars(Optimizer):
                 f"kind='matrix' needs two or more dimensions to orthogonalise, got shape {tuple(param.shape)}"
             )
         if guess.kind == "matrix" and known is None and "kind" not in settings and self.matrix_update == "shampoo":
-            warnings.warn(_GUESSED, stacklevel=2)
+            self._guesses = True
         return role
 
     def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:

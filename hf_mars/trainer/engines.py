@@ -26,7 +26,7 @@ def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: d
         settings: the optimizer's keyword arguments; the constructor's defaults where they are missing.
 
     Raises:
-        ValueError: FSDP1; DeepSpeed with MarsShampoo, with the clip, in exact mode, or with a configuration that
+        ValueError: exact mode with fp16; FSDP1; DeepSpeed with MarsShampoo, with the clip, in exact mode, or with a configuration that
             replaces the optimizer; several GPUs in one process in exact mode.
     """
     name = f"optim={optim_name(args)!r}"
@@ -36,6 +36,8 @@ def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: d
             f"{name} does not work with FSDP1, which gives the optimizer flat slices of the parameters; use FSDP2: "
             'fsdp_version: 2 in accelerate\'s configuration, or fsdp_config={"version": 2}'
         )
+    if exact and args.fp16:
+        raise ValueError("optim_args exact=true does not work with fp16=True; use bf16=True or full precision")
     if args.deepspeed_plugin is not None:
         max_norm = settings.get("max_norm", mars_default("max_norm"))
         _check_deepspeed(name, args.deepspeed_plugin.hf_ds_config.config, optimizer_cls, exact, max_norm)

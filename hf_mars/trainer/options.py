@@ -21,7 +21,7 @@ from ..optim.mars import Mars
 from .arguments import MARS_BETAS, MarsTrainingArguments
 from .defaults import mars_default, transformers_default
 from .engines import check_engine
-from .names import VARIANTS, optim_name
+from .names import OPTIM_ARGS, VARIANTS, optim_name
 
 logger = logging.get_logger(__name__)
 
@@ -93,6 +93,9 @@ SHAMPOO_OPTIONS = {
     "orthogonalize_embeddings": _as_in_optimizer("orthogonalize_embeddings", _bool),
 }
 
+# transformers' optimizers that read no key of optim_args that MARS has, and drop what they do not read (5.3 to 5.24).
+_WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "sgd")
+
 # Keys that people try here, and the TrainingArguments that have them.
 _ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
 
@@ -133,6 +136,8 @@ def parse_optim_args(optim_args: str | None, name: str) -> dict[str, Any]:
                 f"optim_args={optim_args!r} has an empty entry; write key=value, separated by single commas, "
                 f"with keys out of {', '.join(options)}"
             )
+        if not equals and ":" in key:
+            raise ValueError(f"optim_args: {key!r} is not key=value; write {'='.join(key.split(':', 1))}")
         if key not in options:
             raise ValueError(_unknown_key(key, text, name, options))
         allowed, parse, is_allowed = options[key]
@@ -158,6 +163,23 @@ def _unknown_key(key: str, text: str, name: str, options: Mapping[str, Option]) 
     elif key in VARIANTS[name].fixed:
         message += f"; {name} stands for {key}={VARIANTS[name].fixed[key]}, use mars_shampoo to choose it"
     return f"{message}. Valid: {', '.join(options)}"
+
+
+def ignored_option(args: TrainingArguments) -> str | None:
+    """The first entry of `optim_args` that is an option of MARS and that the optimizer makes no use of; else None.
+
+    Args:
+        args: with a name as `optim` that is not MARS's.
+    """
+    if optim_name(args) not in _WITHOUT_ARGS:
+        return None  # other keys are that optimizer's business
+    entries = [entry.strip() for entry in str(args.optim_args or "").split(",")]
+    return next((entry for entry in entries if entry.partition("=")[0].strip() in OPTIM_ARGS), None)
+
+
+def text_of(optim_args: Mapping[str, Any]) -> str:
+    """The text that a mapping of options stands for; transformers parses that too, before it asks for an optimizer."""
+    return ",".join(f"{key}={value}" for key, value in optim_args.items())
 
 
 # ---- from TrainingArguments to an optimizer ----

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .names import VARIANTS, mars_name
+from .names import VARIANTS, mars_name, nearest_optimizer, optim_name
 from .on_import import when_imported, wrap_once
 from .versions import check_transformers
 
@@ -69,10 +69,17 @@ def _with_checks(post_init: Callable[..., None]) -> Callable[..., None]:
     """
 
     def post_init_with_checks(self: TrainingArguments, *args: Any, **kwargs: Any) -> None:
+        name = optim_name(self)
         if mars_name(self) is not None:
-            from .options import hyperparameters
+            from .options import hyperparameters, text_of
 
+            if isinstance(self.optim_args, Mapping):
+                self.optim_args = text_of(self.optim_args)
             hyperparameters(self)
+        elif name.startswith("mars"):
+            raise ValueError(f"optim={name!r}: {nearest_optimizer(name)}")
+        elif self.optim_args:
+            _check_not_ignored(self)
         post_init(self, *args, **kwargs)
         if mars_name(self) is not None:
             from .options import checked_settings
@@ -80,6 +87,19 @@ def _with_checks(post_init: Callable[..., None]) -> Callable[..., None]:
             checked_settings(self)  # the engine's configuration is only known by now
 
     return post_init_with_checks
+
+
+def _check_not_ignored(args: TrainingArguments) -> None:
+    """Options of MARS beside an optimizer that drops them: an error in our own arguments, a warning in others'."""
+    from .arguments import MarsTrainingArguments
+    from .options import ignored_option
+
+    ignored = ignored_option(args)
+    if ignored is not None:
+        message = f"optim_args: {ignored!r} is for MARS, and optim={optim_name(args)!r} makes no use of it"
+        if isinstance(args, MarsTrainingArguments):
+            raise ValueError(f"{message}; choose one of {', '.join(VARIANTS)}, or leave it out")
+        logger.warning(message)
 
 
 def _add_member(enum: type[OptimizerNames], value: str) -> None:

@@ -1,6 +1,5 @@
 """optim_args: typed, checked, early."""
 
-import logging
 import math
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 from kernel_helpers import cpu
 from transformers import TrainingArguments
 
-from hf_mars import MarsLion, MarsShampoo, MarsTrainingArguments
+from hf_mars import MarsShampoo, MarsTrainingArguments
 from hf_mars.trainer import options
 from hf_mars.trainer.names import VARIANTS
 from hf_mars.trainer.options import hyperparameters, optimizer_cls_and_kwargs, options_of, parse_optim_args
@@ -162,16 +161,6 @@ def test_everything_reaches_the_optimizer(tmp_path):
         "betas_1d": (0.8, 0.95),
         "ns_steps": 3,
     }
-
-
-def test_effective_hyperparameters_are_logged_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(options.logger, "propagate", True)
-    args = TrainingArguments(output_dir=str(tmp_path), optim="mars_lion", optim_args="gamma=0.07")
-    with caplog.at_level(logging.INFO, logger=options.logger.name):
-        cls, _ = options.optimizer_cls_and_kwargs(args, None)
-    assert cls is MarsLion
-    lines = [record.getMessage() for record in caplog.records if "gamma=0.07" in record.getMessage()]
-    assert len(lines) == 1 and "betas=(0.9, 0.99)" in lines[0]
 
 
 def test_shampoo_needs_the_model(tmp_path):
