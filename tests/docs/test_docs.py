@@ -361,3 +361,6 @@ def test_the_site_builds_and_takes_nothing_from_outside(tmp_path):
     outside = r"<(?:link|script|img|iframe)[^>]*(?:href|src)=[\"']?(?:https?:)?//|url\(['\"]?(?:https?:)?//|@import"
     for path in files:
         assert not re.search(outside, path.read_text()), path
+    shown = "".join(path.read_text(encoding="utf-8") for path in files if path.suffix == ".html")
+    assert not re.findall(r"<a [^>]*>(?:docs/)?\w+\.md</a>", shown)  # titles, not names of files
+    assert all("css/site.css" in path.read_text() for path in files if path.name in ("index.html", "run_clm.html"))
