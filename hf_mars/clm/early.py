@@ -9,7 +9,6 @@ import ast
 import difflib
 import functools
 import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -25,22 +24,6 @@ ARGUMENT_FILES = (".json", ".yaml", ".yml")
 _OURS = {"mars_diagnostics", "help"}
 # Arguments that take the name of a model or data set on the Hub, or a local folder.
 _HUB_OR_FOLDER = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name")
-
-
-def command(program: str) -> None:
-    """Run the process's command line; a mistake in it ends the process with status 2 and one line.
-
-    Args:
-        program: the name of the program in --help and in that line.
-    """
-    try:
-        check_words(sys.argv[1:])
-    except UsageError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    from .run import command
-
-    command(program)
 
 
 def check_words(argv: list[str]) -> None:

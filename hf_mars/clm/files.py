@@ -14,7 +14,8 @@ def file_format(path: str, argument: str) -> str:
     """The `datasets` builder for a file, a compressed file or a glob pattern.
 
     Raises:
-        UsageError: no such file, nothing in it, or its suffix is none of FILE_FORMATS (and none of these before one of COMPRESSIONS).
+        UsageError: no such file, nothing in it, or its suffix is none of FILE_FORMATS (and none of these before one
+            of COMPRESSIONS).
     """
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     suffix = next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSIONS), "")

@@ -152,8 +152,8 @@ def _too_short(name: str, sizes: dict[str, int], block_size: int, data_args: Dat
         sizes: tokens of the splits that the run uses.
     """
     own = data_args.validation_file or data_args.dataset_name
-    held_out = "" if own else f" ({data_args.validation_split_percentage} per cent of the rows)"
-    text = f"--block_size {block_size}: the {name} text{held_out * (name == 'validation')} has only {sizes[name]} tokens"
+    share = f" ({data_args.validation_split_percentage} per cent of the rows)" * (name == "validation" and not own)
+    text = f"--block_size {block_size}: the {name} text{share} has only {sizes[name]} tokens"
     largest = min(sizes.values())
     ways = [f"--block_size {largest}{' or less' * (largest > 2)}"] if largest >= 2 else []
     if name == "validation" and not own:

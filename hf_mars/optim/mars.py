@@ -26,8 +26,8 @@ from .state import check_updates, load_dtypes
 _SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
 
 _GUESSED = (
-    "MarsShampoo takes every parameter with two or more dimensions for a hidden matrix stored (out, in), since shapes do "
-    "not tell; embeddings and output heads would be orthogonalised too, and GPT-2's Conv1D be misread: pass "
+    "MarsShampoo takes every parameter with two or more dimensions for a hidden matrix stored (out, in), since shapes "
+    "do not tell; embeddings and output heads would be orthogonalised too, and GPT-2's Conv1D be misread: pass "
     'hf_mars.param_groups(model), or {"params": matrices, "kind": "matrix"} where that is right'
 )
 
@@ -145,8 +145,8 @@ class Mars(Optimizer):
     def executions(self) -> Mapping[str, str]:
         """What has taken the steps of each kind of parameter so far, in words, by kind.
 
-        "the compiled step", "Triton's kernels" or "torch's kernels", the latter with the reason; empty before the first
-        step, and where the compiler (`torch.compile`) fuses the steps.
+        "the compiled step", "Triton's kernels" or "torch's kernels", the latter with the reason; empty before the
+        first step, and where the compiler (`torch.compile`) fuses the steps.
         """
         return {kind: " and ".join(words) for kind, words in self._executions.items()}
 

@@ -26,8 +26,8 @@ def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: d
         settings: the optimizer's keyword arguments; the constructor's defaults where they are missing.
 
     Raises:
-        ValueError: exact mode with fp16; FSDP1; DeepSpeed with MarsShampoo, with the clip, in exact mode, or with a configuration that
-            replaces the optimizer; several GPUs in one process in exact mode.
+        ValueError: exact mode with fp16; FSDP1; DeepSpeed with MarsShampoo, with the clip, in exact mode, or
+            with a configuration that replaces the optimizer; several GPUs in one process in exact mode.
     """
     name = f"optim={optim_name(args)!r}"
     exact = settings.get("exact", mars_default("exact"))

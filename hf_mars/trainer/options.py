@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -257,8 +259,8 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
     optimizer_cls, kwargs = checked_settings(args)
     if args.device.type == "cpu" and not is_compiled():
         logger.warning(
-            "the compiled step of hf_mars is missing (no C compiler when it was installed, or torch's threads are not "
-            "OpenMP's): steps on CPUs are composed of torch's kernels, as right but slower (docs/performance.md)"
+            f"the compiled step of hf_mars is missing ({_why_not_compiled()}): steps on CPUs are composed of torch's "
+            "kernels, as right but slower (docs/performance.md)"
         )
     if optimizer_cls is MarsShampoo:
         if model is None:
@@ -267,3 +269,15 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
             kwargs["process_group"] = torch.distributed.group.WORLD
     return optimizer_cls, kwargs
+
+
+def _why_not_compiled() -> str:
+    """A checkout in the folder that is started from hides an installed package, which may have the compiled step."""
+    ours = Path(optim.__file__).resolve().parents[1]
+    try:
+        installed = Path(str(distribution("hf_mars").locate_file("hf_mars"))).resolve()
+    except PackageNotFoundError:
+        return f"{ours} is not installed; pip install -e there compiles it"
+    if installed != ours and installed.is_dir():
+        return f"{ours} hides the installed {installed}: use python -m hf_mars.clm elsewhere, or pip install -e here"
+    return "no C compiler when it was installed, or torch's threads are not OpenMP's"

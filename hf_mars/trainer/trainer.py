@@ -75,8 +75,8 @@ class MarsTrainer(Trainer):
             return
         if hyperparameters(self.args).get("exact"):
             raise ValueError(
-                f"optim_args={self.args.optim_args!r} asks for exact mode, but optimizers=({type(self.optimizer).__name__}"
-                ", …) brings an optimizer that is not in it; leave out one of the two"
+                f"optim_args={self.args.optim_args!r} asks for exact mode, but optimizers= brings a "
+                f"{type(self.optimizer).__name__} that is not in it; leave out one of the two"
             )
         if self.args.optim_args:
             logger.warning(

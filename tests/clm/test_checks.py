@@ -44,7 +44,7 @@ REFUSED = {
     "--learning_rate abc": "--learning_rate.* invalid float value: 'abc'",
     "--lora 4": "ambiguous option: --lora could match --lora_r",
     "--seed": "--seed: expected one argument",
-    "--train_file two.jsonl 2.jsonl": "2.jsonl: belongs to no argument; .*pattern in quotes, .*file of arguments first",
+    "--train_file two.jsonl 2.jsonl": "2.jsonl: belongs to no argument; .*pattern in quotes, .*file of arguments",
     "--max_steps 3 a.yaml": "a.yaml: belongs to no argument; .*pattern in quotes, .*file of arguments first",
     "--optim_args gamm=0.1": r"'gamm'.*nearest.*'gamma'",
     "--optim_args gamma=abc": "gamma='abc'",
@@ -172,9 +172,15 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     "arguments, way",
     [
-        ("", r"128: the validation text \(5 per cent of the rows\) has only \d+ tokens; give --block_size (\d+) or less"),
+        (
+            "",
+            r"validation text \(5 per cent of the rows\) has only \d+ tokens; give --block_size (\d+) or less",
+        ),
         ("", r"or (--validation_split_percentage 0) to train without evaluation"),
-        ("--validation_split_percentage 70", r"the training text has only \d+ tokens; give --block_size (\d+) or less"),
+        (
+            "--validation_split_percentage 70",
+            r"training text has only \d+ tokens; give --block_size (\d+) or less",
+        ),
     ],
 )
 def test_what_works_with_little_data_is_said_at_once(tmp_path, monkeypatch, arguments, way):
@@ -196,7 +202,7 @@ def test_what_works_with_little_data_is_said_at_once(tmp_path, monkeypatch, argu
 def test_processes_that_see_only_themselves_are_refused(monkeypatch, tmp_path):
     """As under torchrun on a machine without a GPU, where --use_cpu is missing: two runs in one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="WORLD_SIZE=2: .*each sees only itself.* give --use_cpu"):
+    with pytest.raises(UsageError, match=r"WORLD_SIZE=2: .*each sees only itself.* give --use_cpu"):
         check_all_are_seen(1)
     check_all_are_seen(2)
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -1,7 +1,8 @@
 """axolotl's command, as it is typed: `make factories` runs this in an environment with axolotl."""
 
 import pytest
-from factory_helpers import assert_mars_trained, run, write_chats, write_example, write_model
+from factory_helpers import assert_mars_trained, run, write_example
+from model_files import write_chats, write_model
 
 
 @pytest.fixture

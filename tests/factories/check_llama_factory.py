@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from factory_helpers import TEXTS, assert_mars_trained, run, write_example, write_model
+from factory_helpers import assert_mars_trained, run, write_example
+from model_files import TEXTS, write_model
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import sys
 
 import pytest
-from factory_helpers import assert_mars_trained, run, write_chats, write_example, write_model
+from factory_helpers import assert_mars_trained, run, write_example
 from launch_helpers import ROOT
+from model_files import write_chats, write_model
 
 TINY = {"model": "model", "dataset": "chats.jsonl", "max_length": 64, "torch_dtype": "float32", "use_cpu": True}
 TINY |= {"model_type": "llama", "template": "dummy", "max_steps": 2, "logging_steps": 1, "save_steps": 2}
