@@ -5,7 +5,6 @@ Imports the standard library alone, since `import hf_mars` imports it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,5 +59,7 @@ def mars_name(args: TrainingArguments) -> str | None:
 
 def nearest_optimizer(name: str) -> str:
     """In words, that a name is no optimizer's, the nearest of MARS's, and all of those."""
+    import difflib  # here: every Python that starts with HF_MARS=1 imports this module
+
     nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.0)[0]
     return f"there is no such optimizer; the nearest is {nearest}. MARS's are {', '.join(VARIANTS)}"

@@ -7,10 +7,12 @@ imports this module only where it is set. Coverage and tracing tools enter child
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
 
+from .gloo import rest
 from .registry import diagnose_every_trainer
 
 VARIABLE = "HF_MARS"
@@ -21,9 +23,13 @@ PTH = "hf_mars.pth"
 def start() -> None:
     """Give every Trainer a `MarsDiagnosticsCallback` where `HF_MARS=diagnostics`; the names are registered by now.
 
+    At its end such a process waits for gloo's threads (`hf_mars.trainer.gloo`).
+
     `hf_mars.pth` calls it where `HF_MARS` is set, and neither empty nor 0. A value that means nothing is reported and
     taken as 1: an error here would end every Python process, package managers included.
     """
+    atexit.unregister(rest)
+    atexit.register(rest)  # before a script registers any: handlers run from the last to the first
     value = os.environ[VARIABLE]
     if value == DIAGNOSTICS:
         diagnose_every_trainer()
