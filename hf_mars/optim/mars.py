@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.utils import _foreach_utils
 
 from .batch import collect
 from .exact import PreviousPoint
@@ -310,6 +310,7 @@ def plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _takes_fused_kernel(group: dict[str, Any]) -> bool:
     """Whether torch's fused AdamW, the fastest, can run on these parameters. Parameters on "meta" move later."""
-    devices = {*_get_fused_kernels_supported_devices(), "meta"}
+    # Without torch's list, which is private, its kernels choose for themselves.
+    devices = {*getattr(_foreach_utils, "_get_fused_kernels_supported_devices", list)(), "meta"}
     tensors = [param[1] if isinstance(param, tuple) else param for param in group["params"]]
     return group["foreach"] is None and all(t.device.type in devices and t.is_floating_point() for t in tensors)

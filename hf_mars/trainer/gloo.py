@@ -1,9 +1,9 @@
 """The end of a process that has used gloo, torch.distributed's backend on CPUs.
 
-A thread of gloo's that is still busy with a collective when the interpreter shuts down asks for the interpreter's lock,
-which by then ends the thread, and that ends the process: "terminate called without an active exception", SIGABRT,
-after a complete run. `destroy_process_group()` does not help: DDP and accelerate hold references to the group, so that
-its threads live on; and where it does end them, it waits for them with the lock held.
+A thread of gloo's that is still busy with a collective when the interpreter shuts down asks for the interpreter's
+lock, which by then ends the thread, and that ends the process: "terminate called without an active exception",
+SIGABRT, after a complete run. `destroy_process_group()` does not help: DDP and accelerate hold references to the
+group, so that its threads live on; and where it does end them, it waits for them with the lock held.
 
 Imports the standard library alone, since every Python with `HF_MARS` set imports it.
 """
