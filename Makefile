@@ -51,7 +51,8 @@ docs: $(VENV)/.with-docs
 pictures: $(VENV)/.with-plot
 	$(BIN)/python tools/draw.py
 
-# The integration's tests with the oldest, a middle and the newest transformers; writes docs/compatibility.md.
+# The integration's tests with the oldest, a middle and the newest transformers, and with every other Python that is
+# there; writes docs/compatibility.md.
 matrix:
 	$(PYTHON) tools/matrix.py
 
