@@ -48,6 +48,8 @@ FACTORIES = {
         "binpacking attrdict addict einops sortedcontainers simplejson tiktoken "
         "modelscope_hub httpx httpcore cryptography pillow"
     ),
+    # A base in 4 bits on CPUs, with TRL.
+    "qlora": Factory("bitsandbytes==0.50.2"),
 }
 
 
