@@ -17,6 +17,6 @@ def command(program: str) -> None:
     except UsageError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    from . import run
+    from .run import command as run_command
 
-    run.command(program)
+    run_command(program)

@@ -290,7 +290,11 @@ def test_command(command, model, folder):
 @pytest.mark.parametrize(
     "command, error, words",
     [
-        ("python run_clm.py --optim mars_adamv --output_dir out", UsageError, "mars_adamv is not a valid"),
+        (
+            "python run_clm.py --optim mars_adamv --output_dir out",
+            UsageError,
+            "--optim mars_adamv: there is no such optimizer",
+        ),
         ("torchrun --nproc_per_node 2 run_clm.py --optimm mars_m --output_dir out", UsageError, "unknown argument"),
         ("torchrun --nprocs 2 run_clm.py --output_dir out", SystemExit, "2"),
         ("accelerate launch --num_procs 2 run_clm.py --output_dir out", SystemExit, "2"),

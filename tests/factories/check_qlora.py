@@ -1,6 +1,4 @@
-"""QLoRA on CPUs: a 4-bit base of bitsandbytes', LoRA, TRL; `make factories` runs this where bitsandbytes is installed."""
-
-import json
+"""QLoRA on CPUs: a 4-bit base of bitsandbytes', LoRA, TRL; `make factories` runs this in an environment with them."""
 
 import pytest
 import torch
@@ -30,7 +28,7 @@ def trained(folder, optim, **settings):
         max_length=32,
         **settings,
     )
-    lora = LoraConfig(r=8, target_modules="all-linear")
+    lora = LoraConfig(r=128, target_modules="all-linear")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     data = Dataset.from_dict({"text": TEXTS * 4})
     trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
@@ -45,32 +43,31 @@ def state_bytes(trainer):
     return sum(tensor.nbytes for tensor in tensors if tensor.numel() > 1)
 
 
+# TRL makes the adapters of a quantized model bfloat16; then Kahan summation takes two bytes more, unless it is off.
 @pytest.mark.parametrize(
     ("optim", "settings", "per_parameter"),
     [
-        ("mars_adamw", {}, 12),
-        ("mars_adamw", {"optim_args": "state_dtype=bfloat16,last_grad_dtype=bfloat16"}, 6),
+        ("mars_adamw", {}, 8),
+        ("mars_adamw", {"optim_args": "kahan_sum=false"}, 6),
         ("mars_m", {}, 4),
-        ("mars_m", {"optim_args": "state_dtype=bfloat16"}, 2),
+        ("mars_m", {"optim_args": "kahan_sum=false"}, 2),
     ],
 )
-def test_qlora(tmp_path, optim, settings, per_parameter):
+def test_mars(tmp_path, optim, settings, per_parameter):
     write_model(tmp_path / "model")
     trainer = trained(tmp_path, optim, **settings)
-    kinds = {type(module).__name__ for module in trainer.model.modules()}
-    assert "Linear4bit" in kinds
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert len(losses) == 4 and losses[-1] < losses[0]
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    counted = state_bytes(trainer)
-    print(json.dumps({"optim": optim, **settings, "bytes": counted, "per_parameter": counted / trainable}))
-    assert counted == per_parameter * trainable
+    assert any(type(module).__name__ == "Linear4bit" for module in trainer.model.modules())
+    trainable = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert {p.dtype for _, p in trainable} == {torch.bfloat16}
+    assert all(p.any() for name, p in trainable if "lora_B" in name)  # zero at first
+    assert state_bytes(trainer) == per_parameter * sum(p.numel() for _, p in trainable)
 
 
 def test_paged_8_bit_adamw_beside_it(tmp_path):
-    """bitsandbytes keeps states of tensors below 4,096 elements in 32 bit, as all adapters here are: 8 bytes."""
+    """bitsandbytes keeps states of 4,096 elements and more in 8 bits, as all adapters here have; on CPUs unpaged."""
     write_model(tmp_path / "model")
     trainer = trained(tmp_path, "paged_adamw_8bit")
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    counted = state_bytes(trainer)
-    print(json.dumps({"optim": "paged_adamw_8bit", "bytes": counted, "per_parameter": counted / trainable}))
+    per_parameter = state_bytes(trainer) / trainable
+    print(f"paged_adamw_8bit: {per_parameter:.2f} bytes per parameter")
+    assert 2 <= per_parameter < 3

@@ -13,6 +13,11 @@ from hf_mars import MarsAdamW, MarsLion
 from hf_mars.trainer.summary import summary
 
 
+@pytest.fixture(autouse=True)
+def transformers_default_verbosity(caplog):
+    caplog.set_level("WARNING", "hf_mars")  # run_clm, in this process, sets INFO
+
+
 def stock_trainer(folder, **settings):
     defaults = {"optim": "mars_adamw", "max_steps": 2, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
     args = TrainingArguments(str(folder), **{**defaults, **settings}, disable_tqdm=True)
