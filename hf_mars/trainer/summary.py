@@ -52,9 +52,9 @@ def summary(optimizer: Mars, args: TrainingArguments | None = None) -> str:
     name = mars_name(args) if args is not None else None
     parts = []
     for kind in KINDS:
-        groups = [group for group in optimizer.param_groups if group["kind"] == kind and group["params"]]
-        if groups:
-            tensors, elements = optimizer.sizes[kind]
+        tensors, elements = optimizer.sizes.get(kind, (0, 0))
+        if tensors:  # ZeRO-3 empties the groups
+            groups = [group for group in optimizer.param_groups if group["kind"] == kind]
             size = f"{tensors:,} {kind} tensor{'s' * (tensors != 1)} ({elements:,} parameters)"
             by = f" by {optimizer.executions[kind]}" if kind in optimizer.executions else ""
             parts.append(f"{size}: {shown_settings(optimizer, groups)}{by}")
@@ -67,7 +67,7 @@ def summary(optimizer: Mars, args: TrainingArguments | None = None) -> str:
 
 def _not_in_effect(optimizer: Mars, args: TrainingArguments) -> list[str]:
     """Fields of the arguments that people would take for granted: betas, and the learning rate of every parameter."""
-    used = [group for group in optimizer.param_groups if group["params"]]
+    used = [group for group in optimizer.param_groups if optimizer.sizes[group["kind"]][0]]
     fields = []
     for i, field in enumerate(("adam_beta1", "adam_beta2")):
         if used and used[0]["betas"][i] != getattr(args, field):

@@ -1,11 +1,13 @@
 """The one line that says what is in effect."""
 
+import json
 import logging
 
 import pytest
 import torch
 from helpers import make_gradients, make_params, run_steps, tiny_gpt2
 from kernel_helpers import cpu
+from launch_helpers import start
 from trainer_helpers import make_trainer, optimizer_of, token_blocks, train
 from transformers import Trainer, TrainingArguments
 
@@ -97,3 +99,26 @@ def test_the_repr_does_not_claim_a_step_that_is_missing(cls, monkeypatch):
 def test_the_repr_is_otherwise_torchs():
     optimizer = MarsAdamW([torch.ones(2, 2)])
     assert repr(optimizer) == torch.optim.Optimizer.__repr__(optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_two_processes_show_it_once(stage, tmp_path):
+    """Whole tensors are counted, whatever an engine has put in their place: with DDP and ZeRO."""
+    (tmp_path / "script.py").write_text(
+        "import hf_mars\nfrom trainer_helpers import token_blocks\nfrom helpers import tiny_gpt2\n"
+        "from transformers import HfArgumentParser, Trainer, TrainingArguments\n"
+        "(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()\n"
+        "Trainer(tiny_gpt2(), args, train_dataset=token_blocks()).train()\n"
+    )
+    zero = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"}
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    options = ["--output_dir", str(tmp_path / "out"), "--optim", "mars_adamw", "--max_steps", "1", "--use_cpu"]
+    options += ["--report_to", "none", "--save_strategy", "no"]
+    options += [] if stage is None else ["--deepspeed", str(tmp_path / "zero.json")]
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = start(2, tmp_path / "script.py", *options, **environment)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("MarsAdamW (optim")]
+    sizes = [p.numel() for p in tiny_gpt2().parameters() if p.dim() > 1]
+    assert f"{len(sizes)} matrix tensors ({sum(sizes):,} parameters)" in line
