@@ -24,12 +24,12 @@ PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- make matrix -->\n", "<!-- end -->\n"
 
 # Python:transformers -> further versions that are tried with it: the oldest accelerate with the oldest transformers.
-# transformers 5.22 is the last for Python 3.10.
+# transformers 5.20 is the last for Python 3.10.
 ROWS: dict[str, list[str]] = {
     "5.3.0": ["accelerate==1.10.0"],
     "5.12.1": [],
     "5.24.0": [],
-    "3.10:5.22.2": [],
+    "3.10:5.20.2": [],
     "3.12:5.24.0": [],
     "3.13:5.24.0": [],
     "3.14:5.24.0": [],

@@ -156,7 +156,12 @@ def differences(name: str) -> str:
     comparison = compare(rows, list(dict.fromkeys(row["optimizer"] for row in rows)))
     head = ["", "seeds", "loss", f"difference from {comparison.baseline.label}"]
     lines = [
-        [s.label, str(len(s.losses)), f"{mean(s.losses):.3f}", "—" if s.difference is None else plus_minus(s.difference)]
+        [
+            s.label,
+            str(len(s.losses)),
+            f"{mean(s.losses):.3f}",
+            "—" if s.difference is None else plus_minus(s.difference),
+        ]
         for s in comparison.summaries
     ]
     return markdown(head, lines)
