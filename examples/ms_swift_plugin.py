@@ -1,6 +1,6 @@
 """MARS in ms-swift without the prefix `python -m hf_mars`.
 
-swift sft --external_plugins ms_swift_plugin.py --optimizer mars_adamw [--optim_args gamma=0.025 …]
+swift sft --external_plugins ms_swift_plugin.py --optimizer mars_adamw [--optim_args gamma=0.05 …]
 
 ms-swift reads a plugin after its command line, too late for another value of --optim; its own --optimizer it looks up
 when the trainer is made.
