@@ -61,8 +61,9 @@ def unknown_argument(name: str, value: str | None, names: set[str]) -> UsageErro
     """
     if name in OPTIM_ARGS:
         return UsageError(f"unknown argument --{name}; it is one of --optim_args: --optim_args {name}={value or '…'}")
-    nearest = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)[0]
-    return UsageError(f"unknown argument --{name}; the nearest valid one is --{nearest}")
+    nearest = difflib.get_close_matches(name, sorted(names.union(OPTIM_ARGS)), n=1, cutoff=0.0)[0]
+    words = f"optim_args {nearest}={value or '…'}" if nearest in OPTIM_ARGS and nearest not in names else nearest
+    return UsageError(f"unknown argument --{name}; the nearest valid one is --{words}")
 
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:

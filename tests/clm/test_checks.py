@@ -51,6 +51,7 @@ REFUSED = {
     "--learning_rat_ 1": "unknown argument --learning_rat_; the nearest valid one is --learning_rate",
     "--optim mars_adam": "--optim mars_adam: .*nearest is mars_adamw. MARS's are mars_adamw, mars_lion,",
     "--gamma 0.1": "unknown argument --gamma; .*--optim_args gamma=0.1$",
+    "--gamm 0.1": "unknown argument --gamm; the nearest valid one is --optim_args gamma=0.1$",
     "--beta1=0.8": "unknown argument --beta1; .*--optim_args beta1=0.8$",
     "--optim_args gamma:0.1": "'gamma:0.1' is not key=value; write gamma=0.1$",
     "--optim_args exact=true --fp16": "exact=true does not work with fp16=True",
