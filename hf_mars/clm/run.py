@@ -26,9 +26,9 @@ from .command_line import Arguments, parse_arguments
 from .errors import UsageError
 from .log import logger
 from .metrics import ComputeLanguageModelMetrics, losses_and_tokens
-from .model import choose_block_size, count_parameters, fit_vocabulary, load_config, load_model
+from .model import choose_block_size, fit_vocabulary, load_config, load_model
 from .output_folder import check_space, check_writable, checkpoint_to_resume, files_of_previous_run
-from .processes import all_or_none, check_same, leave_together
+from .processes import all_or_none, check_all_are_seen, check_same, leave_together
 from .report import generate_sample, summarize
 from .splits import load_blocks, load_splits
 from .texts import Texts
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, program)
     model_args, data_args, run_args, training_args = arguments
+    check_all_are_seen(training_args.world_size)
     set_up_logging(training_args)
     checkpoint, stale = find_start(arguments)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Protocol
 
 import torch
 
 from . import composed
 from .batch import Batch
+from .groups import Group
 from .kernels import cpu, gpu
 from .last_grad import LastNorms
 from .skipping import Skip
-
-logger = logging.getLogger(__name__)
 
 
 class Execution(Protocol):
@@ -50,14 +48,19 @@ class Execution(Protocol):
         """
 
 
-def by_execution(batches: list[Batch]) -> list[tuple[Execution, list[Batch]]]:
-    """Batches beside the execution that takes them, each execution once."""
+def by_execution(batches: list[Batch], taken: dict[str, dict[str, None]]) -> list[tuple[Execution, list[Batch]]]:
+    """Batches beside the execution that takes them, each execution once.
+
+    Args:
+        batches: of one step.
+        taken: gets, by kind of parameter, the executions in words (in the order of an ordered set).
+    """
     chosen: dict[str, tuple[Execution, list[Batch]]] = {}
     for batch in batches:
         execution, why_not = choose(batch)
-        if why_not is not None and not torch.compiler.is_compiling():
-            device = batch.params[0].device.type
-            _log_once(f"{batch.group['update']} steps on {device} are composed of torch's kernels: {why_not}")
+        if not torch.compiler.is_compiling():
+            words = _NAMES[execution.__name__] + (f" ({why_not})" if why_not else "")
+            taken.setdefault(batch.group["kind"], {})[words] = None
         chosen.setdefault(execution.__name__, (execution, []))[1].append(batch)
     return list(chosen.values())
 
@@ -76,10 +79,12 @@ def choose(batch: Batch) -> tuple[Execution, str | None]:
     return composed, why_not
 
 
-_logged: set[str] = set()
+_NAMES = {composed.__name__: "torch's kernels", cpu.__name__: "the compiled step", gpu.__name__: "Triton's kernels"}
 
 
-def _log_once(message: str) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        logger.info(message)
+def fused_in_effect(group: Group) -> object:
+    """A group's `fused`, in words where it asks for this package's kernels of CPUs and they are missing."""
+    on_cpus = all(param.device.type == "cpu" for param in group["params"])
+    if group["fused"] and on_cpus and not cpu.is_compiled() and (group["gamma"] != 0 or group["update"] != "adamw"):
+        return "torch's kernels alone (the compiled step of hf_mars is missing)"
+    return group["fused"]

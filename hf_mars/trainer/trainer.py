@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from .checkpoint_saving import checkpoint_to_load, whole_checkpoint
 from .names import mars_name
 from .options import optimizer_cls_and_kwargs
 from .signals import StopOnSignal
+from .options import hyperparameters, optimizer_cls_and_kwargs
+
+logger = logging.getLogger(__name__)
 
 
 class _Update(NamedTuple):
@@ -54,9 +58,9 @@ class MarsTrainer(Trainer):
         model, args and the rest: as for `Trainer`; `args` defaults to `MarsTrainingArguments("tmp_trainer")`.
 
     Raises:
-        ValueError: when training starts, in exact mode: fp16, whose gradient scaler rescales only one of the two
-            evaluations. Engines that MARS does not work with are refused when `args` are made
-            (`hf_mars.trainer.engines.check_engine`).
+        ValueError: `optimizers` brings one that is not in exact mode, but `args` ask for it; or, when training starts,
+            in exact mode, accelerate's fp16, whose gradient scaler rescales only one of the two evaluations. Engines
+            that MARS does not work with are refused when `args` are made (`hf_mars.trainer.engines.check_engine`).
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class MarsTrainer(Trainer):
         self.previous_norm: torch.Tensor | float | None = None  # of the gradients at x_{t−1}
         self._pushes: list[str] | None = None  # checkpoints to push once they are whole; None: at once
         super().__init__(model, args, *rest, **kwargs)
+        self._check_own_optimizer()
         self.add_callback(_UpdateBegins(self))
         self._stop_on_signal = StopOnSignal()
         self.add_callback(self._stop_on_signal)
@@ -80,6 +85,21 @@ class MarsTrainer(Trainer):
         if mars_name(args) is None:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_cls_and_kwargs(args, model)
+
+    def _check_own_optimizer(self) -> None:
+        """Refuse an optimizer of the user's that would silently leave out the exact mode that `args` ask for."""
+        if self.optimizer is None or mars_name(self.args) is None or self._exact_optimizer() is not None:
+            return
+        if hyperparameters(self.args).get("exact"):
+            raise ValueError(
+                f"optim_args={self.args.optim_args!r} asks for exact mode, but optimizers= brings a "
+                f"{type(self.optimizer).__name__} that is not in it; leave out one of the two"
+            )
+        if self.args.optim_args:
+            logger.warning(
+                f"optim_args={self.args.optim_args!r} has no effect: optimizers= brings the optimizer, "
+                f"{type(self.optimizer).__name__}"
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`; in exact mode the optimizer starts without a previous point's gradients.
