@@ -89,9 +89,9 @@ def _step(batches: list[Batch], skip: Skip) -> None:
             averages = [batch.exp_avgs, batch.exp_avg_sqs]
             with (
                 unchanged_where(flag, [*batch.params, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.compensations]),
-                widened(batch.params, averages, batch.compensations) as (wide, wide_averages),
+                widened(batch.params, averages, batch.compensations) as (wide, (exp_avgs, exp_avg_sqs)),
             ):
-                _update(batch, wide, [x.to(wide[0].dtype) for x in c], *wide_averages, flag)
+                _update(batch, wide, [x.to(wide[0].dtype) for x in c], exp_avgs, exp_avg_sqs, flag)
         else:
             _update(batch, batch.params, c, batch.exp_avgs, batch.exp_avg_sqs, flag)
         # g_{t−1} ← g_t
