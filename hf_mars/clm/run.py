@@ -11,7 +11,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
-from hf_mars import MarsTrainingArguments
+from hf_mars import MarsTrainer, MarsTrainingArguments
 from hf_mars.trainer.checkpoint_saving import is_disk_full
 from hf_mars.trainer.checkpoints import CheckpointError
 from hf_mars.trainer.nodes import once_per_node
@@ -33,7 +33,6 @@ from .report import generate_sample, summarize
 from .splits import load_blocks, load_splits
 from .texts import Texts
 from .tokenizer import load_tokenizer, train_tokenizer
-from .trainer import FinishingTrainer
 
 
 def command(program: str) -> None:
@@ -113,7 +112,7 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
 
     # Losses and accuracy are summed batch by batch: neither logits nor predictions pile up.
     training_args.batch_eval_metrics = True
-    trainer = FinishingTrainer(
+    trainer = MarsTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks,
@@ -195,7 +194,7 @@ def remove(stale: list[Path]) -> None:
 
 
 def train_and_evaluate(
-    trainer: FinishingTrainer,
+    trainer: MarsTrainer,
     checkpoint: str | None,
     train_blocks: TokenBlocks | TokenStream | None,
     eval_blocks: TokenBlocks | None,
