@@ -64,10 +64,12 @@ def tuned_shortly(plan: str, *others: str) -> Task:
 TASKS = {
     "pretrain": from_scratch("pretrain", 400, 100),
     "shorter": from_scratch("shorter", 240, 60),
-    "long": from_scratch("finalists", 4000, 500),
-    "batch": from_scratch("finalists", 250, 50, "--gradient_accumulation_steps", "16"),
+    "exact": from_scratch("exact", 200, 50),  # twice the gradients per step: as long as 400 steps
+    "novel": from_scratch("novel", 300, 100),
+    "long": from_scratch("long", 4000, 500),
+    "batch": from_scratch("long", 250, 50, "--gradient_accumulation_steps", "16"),
     # About 10M parameters with the tokenizer of 2,048 tokens.
-    "size": from_scratch("finalists", 2000, 250, size="n_layer=6,n_embd=384,n_head=6,n_positions=128,"),
+    "size": from_scratch("long", 400, 100, size="n_layer=6,n_embd=384,n_head=6,n_positions=128,"),
     "finetune": tuned("finetune"),
     "lora": tuned("lora", "--lora_r", "16"),
     "finetune_real": tuned_shortly("finetune_real"),
