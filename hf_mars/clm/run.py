@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
 from hf_mars.trainer.checkpoint_saving import is_disk_full
-from hf_mars.trainer.checkpoints import CheckpointError
+from hf_mars.trainer.checkpoints import CheckpointError, ResumeError
 from hf_mars.trainer.nodes import once_per_node
 from hf_mars.trainer.signals import TrainingStopped
 from hf_mars.trainer.skipping import NotFiniteError
@@ -53,7 +53,7 @@ def command(program: str) -> None:
         if not (isinstance(error, (CheckpointError, NotFiniteError)) or is_disk_full(error)):
             raise
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ResumeError) else 1)
 
 
 def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[str, float]:
