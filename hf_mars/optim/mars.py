@@ -19,8 +19,8 @@ from .form import Form
 from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
 from .hyperparameters import check_hyperparameters, dtype_name
 from .last_grad import LastNorms
-from .sharding import Originals, Part, Ranks, norms_of_wholes, whole_value
-from .skipping import Norm, Skip, SkippedSteps
+from .sharding import Originals, Ranks, whole_value
+from .skipping import Norm, Skip, SkippedSteps, norms_to_skip_by
 from .state import FORMAT, FORMAT_KEY, Made, begin_with_zero, check_state_dict, load_dtypes, unmake_states
 
 # Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
@@ -134,11 +134,12 @@ class Mars(Optimizer):
                 loss = closure()
         self._previous_point.check(self.param_groups, self.state)
         told, self._told_norms = self._told_norms, ()
-        skip = Skip(told or self._norms_to_skip_by(), is_complete=bool(told))
+        norms = told or norms_to_skip_by(self.param_groups, self.previous_grads, self._originals)
+        skip = Skip(norms, is_complete=bool(told))
         if not skip.on_host():
             self._step(skip)
-        if not torch.compiler.is_compiling() and (device := self._device()) is not None:
-            self._skipped_steps.count(skip, device)
+        if not torch.compiler.is_compiling():
+            self._skipped_steps.count(skip, self.param_groups)
         self._previous_point.forget()
         return loss
 
@@ -169,8 +170,9 @@ class Mars(Optimizer):
     def skip_unless_finite(self, *norms: Norm) -> None:
         """Let the next step() change nothing (no parameter, no state) if one of these norms is not finite.
 
-        For those who have measured them anyway: `optimizer.skip_unless_finite(clip_grad_norm_(…))`. A norm on an
-        accelerator is not read by the host.
+        For those who have measured them anyway: `optimizer.skip_unless_finite(clip_grad_norm_(…))`. The host does not
+        read a norm on an accelerator. There two things differ from a step that was not there: after a skipped first
+        step the next correction is that of g_0 = 0; and with foreach=True, or fused=False, t counts the step.
 
         Args:
             norms: of all gradients, numbers or 0-d tensors, equal in all processes; in exact mode also of those at
@@ -187,25 +189,6 @@ class Mars(Optimizer):
     def skipped_in_a_row(self) -> int:
         """The number of them since the last step that changed something."""
         return self._skipped_steps.read()[1]
-
-    def _norms_to_skip_by(self) -> list[Tensor]:
-        """‖g_t‖₂, in exact mode ‖∇f(x_{t−1}, ξ_t)‖₂ too, of groups with `skip_nonfinite`."""
-        tensors: list[Tensor] = []
-        parts: list[Part] = []
-        for group in self.param_groups:
-            for p in group["params"] if group["skip_nonfinite"] else ():
-                if p.grad is None or p.grad.is_sparse:
-                    continue
-                grads = [p.grad, *([self.previous_grads[p]] if p in self.previous_grads else [])]
-                for grad in grads:
-                    own = self._originals.parts_of(p, group)
-                    tensors += [part.of(grad) for part in own]
-                    parts += own
-        return norms_of_wholes(tensors, parts)
-
-    def _device(self) -> torch.device | None:
-        """Where decisions are counted: with the first parameter."""
-        return next((p.device for group in self.param_groups for p in group["params"]), None)
 
     @property
     def sizes(self) -> Mapping[str, tuple[int, int]]:

@@ -249,11 +249,17 @@ def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
     """Settings that the arguments give take effect after a checkpoint is loaded."""
 
     def load_then_apply(self: Trainer, checkpoint: str | None) -> None:
-        load(self, checkpoint)
-        if checkpoint is not None and mars_name(self.args) is not None:
-            from .resuming import apply_given
+        if checkpoint is None or mars_name(self.args) is None:
+            load(self, checkpoint)
+            return
+        from .checkpoints import ResumeError
+        from .resuming import apply_given
 
+        try:
+            load(self, checkpoint)
             apply_given(self)
+        except ValueError as error:
+            raise ResumeError(f"{checkpoint}: {error}") from error
 
     return load_then_apply
 

@@ -119,7 +119,8 @@ def why_not(batch: Batch) -> str | None:
 
 def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[_Launch]:
     """The clip's norms, which also say whether a gradient is not finite; see `execution.Execution`."""
-    launches, flags = [], {}
+    launches: list[_Launch] = []
+    flags: dict[torch.device, Tensor] = {}
     for batch in batches:
         device = batch.params[0].device
         kernels = kernels_for(device)
