@@ -19,7 +19,6 @@ Importing this package imports nothing else. Its modules, each of which imports 
     adapters, model    LoRA; the configuration and the model
     tokenizer          the tokenizer, read or trained
     splits             the texts and blocks of a run
-    trainer            MarsTrainer for runs that may have ended already
     report             the last lines that are printed
     run                main
     start              early, then run

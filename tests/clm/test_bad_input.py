@@ -50,7 +50,7 @@ def with_tiny(*arguments):
 
 
 CASES = {
-    "--train_file empty.json: cannot be read": with_tiny("--train_file", "empty.json"),
+    "--train_file empty.json: is empty": with_tiny("--train_file", "empty.json"),
     "--train_file folder.bin: there is no such file": ("--train_file", "folder.bin", *TINY[:2], *RUN),
     "--train_file loop.txt: there is no such file": with_tiny("--train_file", "loop.txt"),
     "config_overrides: is nested too deeply for a value, or holds itself": ("itself.yaml",),

@@ -70,7 +70,7 @@ REFUSED = {
     "--config_overrides n_layer=many": "--config_overrides n_layer=many: .*many",
     "--vocab_size 300 --model_name_or_path m": "--vocab_size 300: .*--model_name_or_path brings one",
     "--vocab_size 300 --tokenizer_name t": "--vocab_size 300: .*--tokenizer_name brings one",
-    "--vocab_size 100": "--vocab_size 100: must be at least 257",
+    "--vocab_size 100": "--vocab_size 100: must be between 257,",
     "--model_name_or_path ./nosuch": "--model_name_or_path ./nosuch: there is no such folder",
     "--config_name ./nosuch": "--config_name ./nosuch: there is no such folder",
     "--tokenizer_name ./nosuch": "--tokenizer_name ./nosuch: there is no such folder",
@@ -121,7 +121,7 @@ REFUSED = {
     "--do_train false": "--do_train false --do_eval false: there is nothing to do",
     "--do_train --eval_on_start": "--eval_on_start true: needs evaluation",
     "--prediction_loss_only true": "--prediction_loss_only true: .*computed from the logits",
-    "--resume_from_checkpoint true": "--resume_from_checkpoint true: there is no complete checkpoint",
+    "--resume_from_checkpoint true": "--resume_from_checkpoint true: there is no whole checkpoint",
     "--resume_from_checkpoint nosuch": "--resume_from_checkpoint nosuch: .*allowed: true, auto, false or the path",
     "--resume_from_checkpoint auto --overwrite_output_dir": "--resume_from_checkpoint auto: contradicts",
 }

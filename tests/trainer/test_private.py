@@ -27,8 +27,12 @@ USES = {
     "_member_map_": (enum.Enum, "the names: trainer/registry.py"),
     "_value2member_map_": (enum.Enum, "the names: trainer/registry.py"),
     "_clip_grad_norm": (transformers.Trainer, "exact mode does not clip: trainer/trainer.py"),
-    "_init_training_state": (transformers.Trainer, "resumed runs that have ended: clm/trainer.py"),
-    "_run_epoch": (transformers.Trainer, "resumed runs that have ended: clm/trainer.py"),
+    "_get_grad_norm": (transformers.Trainer, "steps that are skipped without a clip: trainer/registry.py"),
+    "_get_output_dir": (transformers.Trainer, "whole checkpoints: trainer/trainer.py"),
+    "_get_default_store": (torch.distributed.distributed_c10d, "signals on several processes: trainer/signals.py"),
+    "_device_types": (torch.distributed.ProcessGroup, "where ranks exchange: optim/sharding/devices.py"),
+    "_init_training_state": (transformers.Trainer, "resumed runs that have ended: trainer/trainer.py"),
+    "_run_epoch": (transformers.Trainer, "resumed runs that have ended: trainer/trainer.py"),
     "_set_sync_gradients": (accelerate.state.GradientState, "exact mode's accumulation: trainer/trainer.py"),
     "_fingerprint": (datasets.Dataset.from_dict({}), "the cache of tokens: clm/blocks.py"),
     "_actions": (transformers.HfArgumentParser([]), "arguments of many values: clm/command_line.py"),
@@ -36,7 +40,7 @@ USES = {
     "_is_view": (torch.Tensor, "gradients that are views: optim/exact.py, optim/last_grad.py"),
     "_version": (torch.Tensor, "known norms: optim/last_grad.py"),
     "_ConvNd": (torch.nn.modules.conv, "layouts of convolutions: optim/groups.py"),
-    "_module_state_mapping": (torch.distributed._composable_state, "exact mode with FSDP2: optim/sharding.py"),
+    "_module_state_mapping": (torch.distributed._composable_state, "exact mode with FSDP2: optim/sharding/gathered.py"),
     "_cdata": (torch.UntypedStorage(1), "owners of gradients: optim/last_grad.py"),
     "_C": (torch, "owners of gradients: optim/last_grad.py"),
     "_lazy_clone": (torch, None),
@@ -48,9 +52,9 @@ USES = {
     "_is_avx512_bf16_supported": (torch.cpu, None),
 }
 # Kernels for lists of tensors, of torch.optim's own: composed steps and norms.
-FOREACH = ("add_", "clamp_min", "div", "div_", "lerp", "lerp_", "mul_", "norm", "sign")
-# Not private in spite of the underscore, or ours.
-PUBLIC = {"_replace", "_hashable_values_"}
+FOREACH = ("add_", "clamp_min", "div", "div_", "lerp", "lerp_", "mul_", "norm", "sign", "sqrt")
+# Not private in spite of the underscore, or ours; and DeepSpeed's, without which optim/sharding/zero.py says so.
+PUBLIC = {"_replace", "_hashable_values_", "_dp_group", "_z3_optimizer"}
 
 
 @pytest.mark.parametrize("name", USES)
@@ -61,7 +65,7 @@ def test_it_is_there(name):
 
 @pytest.mark.parametrize("name", FOREACH)
 def test_kernels_for_lists_are_there(name):
-    assert hasattr(torch, f"_foreach_{name}"), "composed steps: optim/algorithm, optim/sharding.py"
+    assert hasattr(torch, f"_foreach_{name}"), "composed steps: optim/algorithm, optim/sharding"
 
 
 def test_every_handler_has_the_signature_of_ours():
