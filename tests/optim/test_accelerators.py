@@ -1,9 +1,15 @@
 """On accelerators step() never waits for the device. Tensors on "meta" have no values that anything could wait for;
 where there is a GPU, torch itself looks for synchronisation."""
 
+import sys
+
 import pytest
 import torch
 from helpers import EVERY_METHOD, assert_close, make, make_gradients, make_params, run_steps
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_mars.optim import MarsAdamW, MarsLion
+from hf_mars.optim.algorithm.lion import PIECE_ON_ACCELERATORS
 
 SETTINGS = {
     "the default": {},
@@ -47,6 +53,47 @@ def test_step_reads_no_value(method, dtype, settings):
         set_gradients(params, optimizer, "exact" in settings)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_without_fused_kernels_torch_chooses_foreach_as_for_its_own_adamw(monkeypatch):
+    """Where a device has fast lists, as GPUs do; its loop over tensors takes a dozen launches for each."""
+    taken = []
+    in_torch = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(in_torch, "_multi_tensor_adam", lambda params, *_, **__: taken.append(len(params)))
+    chooses = sys.modules["torch.optim.optimizer"]
+    monkeypatch.setattr(chooses, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
+    for cls, settings in ((torch.optim.AdamW, {}), (MarsAdamW, {"fused": False})):
+        params = make_params([(4, 3), (3, 5)])
+        run_steps(cls(params, **settings), params, make_gradients(params, 1))
+    assert taken == [2, 2]
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that one call of a function returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, (list, tuple)):
+            name = function.overloadpacket.__name__
+            self.elements[name] = max(self.elements.get(name, 0), sum(t.numel() for t in result))
+        return result
+
+
+@pytest.mark.parametrize("max_norm", [1e6, None])
+def test_lion_holds_the_signs_of_a_piece_of_the_parameters(max_norm):
+    piece = PIECE_ON_ACCELERATORS
+    params = [torch.nn.Parameter(torch.empty(n, 1024, device="meta")) for n in [piece // 4096] * 9 + [piece // 256]]
+    optimizer = MarsLion(params, gamma=0.5, max_norm=max_norm)
+    for param in params:
+        param.grad = torch.empty_like(param)
+    with Largest() as largest:
+        optimizer.step()
+    assert largest.elements["_foreach_sign"] == piece
+    assert largest.elements.get("_foreach_lerp", piece) == piece
 
 
 @with_gpu

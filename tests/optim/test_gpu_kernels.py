@@ -158,6 +158,20 @@ def test_a_compensation_of_another_dtype_is_composed(calls):
     assert len(calls) == 1 and (param.double() - before).abs().max() < 0.01
 
 
+def test_the_default_dtype_does_not_matter(calls, recwarn):
+    """Models are made under ``torch.set_default_dtype(torch.bfloat16)``, and some code leaves it set."""
+    (param,) = GPU.params([(4, 3)])
+    optimizer = MarsAdamW([param])
+    gpu.kernels_for.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        run_steps(optimizer, [param], [[torch.ones_like(param)]])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        gpu.kernels_for.cache_clear()
+    assert len(calls) == 1 and not recwarn.list
+
+
 def test_without_triton_steps_are_composed_and_a_warning_says_so(calls, monkeypatch):
     kernels = f"{gpu.__package__}.triton_kernels"
     monkeypatch.setitem(sys.modules, kernels, None)

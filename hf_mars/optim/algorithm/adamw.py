@@ -28,7 +28,10 @@ def adamw(
     torch's own kernel does it (`foreach`, `fused` choose which). Modifies the parameters, m (`exp_avgs`), v
     (`exp_avg_sqs`) and t (`steps`, 0-d float32); not `c`.
     """
-    compiling = torch.compiler.is_compiling()  # the compiler fuses by itself, and cannot look into a fused kernel
+    if torch.compiler.is_compiling():
+        # The compiler fuses by itself, and cannot look into a fused kernel: vertically, and on accelerators, of lists,
+        # horizontally too, where one launch per tensor would cost more than its work.
+        foreach, fused = not params[0].is_cpu, False
     torch_adamw(
         params,
         c,
@@ -36,8 +39,8 @@ def adamw(
         exp_avg_sqs,
         [],
         steps,
-        foreach=False if compiling else foreach,
-        fused=False if compiling else fused,
+        foreach=foreach,
+        fused=fused or None,  # with False, torch would not choose foreach by itself
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

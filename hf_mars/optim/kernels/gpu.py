@@ -57,7 +57,7 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     try:
         from . import triton_kernels  # here, since importing Triton takes time, and CPUs do not need it
 
-        x, g, g_prev, m, v, t = torch.zeros(6, 4, device=device)
+        x, g, g_prev, m, v, t = torch.zeros(6, 4, dtype=torch.float32, device=device)
         group = {"update": "adamw", "lr": 0.0, "betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0}
         group.update(gamma=0.1, max_norm=1.0, adjust_lr_fn="original")
         _launch(
