@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,9 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     Returns:
         A tensor of the same shape, dtype and device. A zero matrix gives zeros.
 
-    Accelerators compute in bfloat16, which the iteration tolerates by design, and so do CPUs with bfloat16 units from
-    MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to six times (AMX) faster. Other CPUs compute in
-    float32. float64 stays float64.
+    Accelerators compute in bfloat16, which the iteration tolerates by design (see `_accelerators_dtype` for those that
+    cannot), and so do CPUs with bfloat16 units from MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to
+    six times (AMX) faster. Other CPUs compute in float32. float64 stays float64.
     """
     return orthogonalize([matrix], steps)[0]
 
@@ -33,10 +35,10 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
     x = torch.stack(matrices)
     dtype = torch.promote_types(x.dtype, torch.float32)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
-    x = x.to(torch.bfloat16 if _takes_bfloat16(x) else dtype)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
+    x = x.to(_iteration_dtype(x))
 
     x = x.flatten(0, -3)
     pairs = steps // 2 if x.shape[-1] >= WIDE * x.shape[-2] else 0
@@ -85,10 +87,30 @@ CPU_HAS_BFLOAT16_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx
 MIN_BFLOAT16 = 128
 
 
-def _takes_bfloat16(matrix: Tensor) -> bool:
+def _iteration_dtype(matrix: Tensor) -> torch.dtype:
     if matrix.dtype == torch.float64:
-        return False
-    return not matrix.is_cpu or (CPU_HAS_BFLOAT16_UNITS and min(matrix.shape[-2:]) >= MIN_BFLOAT16)
+        return torch.float64
+    if matrix.is_cpu:
+        has_units = CPU_HAS_BFLOAT16_UNITS and min(matrix.shape[-2:]) >= MIN_BFLOAT16
+        return torch.bfloat16 if has_units else torch.float32
+    return _accelerators_dtype(matrix.device)
+
+
+@functools.cache
+def _accelerators_dtype(device: torch.device) -> torch.dtype:
+    """What matrix units of `device` multiply with sums in float32.
+
+    NVIDIA's know bfloat16 from compute capability 8.0 on, and float16 alone at 7.x, where bfloat16 is emulated. That
+    does as well: entries are at most 1, of unit Frobenius norm, so that in 4,096² of them the root mean square is 4
+    times float16's smallest normal number, and three more bits are kept. Metal does not say how it adds float16 up,
+    and has no bfloat16 before macOS 14.
+    """
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "cuda" and torch.version.hip is None:
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    return torch.bfloat16
 
 
 def orthogonalize_svd(matrix: Tensor) -> Tensor:
