@@ -15,7 +15,7 @@ def lion(
     c: list[Tensor],
     exp_avgs: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     weight_decay: float,
     gamma: float,
@@ -28,7 +28,12 @@ def lion(
         m = momentum(e, c_piece, beta1=beta1, gamma=gamma)
         if weight_decay:
             torch._foreach_mul_(x, 1 - lr * weight_decay)
-        torch._foreach_add_(x, torch._foreach_sign(m), alpha=-lr)
+        signs = torch._foreach_sign(m)
+        if isinstance(lr, Tensor):
+            torch._foreach_mul_(signs, lr)
+            torch._foreach_sub_(x, signs)
+        else:
+            torch._foreach_add_(x, signs, alpha=-lr)
 
 
 # Elements of a piece: three float32 pieces and a temporary one fit a core's cache, and Python's share stays small.

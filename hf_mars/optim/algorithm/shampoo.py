@@ -19,7 +19,7 @@ def shampoo(
     c: list[Tensor],
     exp_avgs: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     weight_decay: float,
     gamma: float,
@@ -49,7 +49,10 @@ def shampoo(
     for x, update, s in zip(params, on_wholes(orthogonal, m), update_scales, strict=True):
         if weight_decay:
             x.mul_(1 - lr * weight_decay)
-        x.add_(update, alpha=-lr * s)
+        if isinstance(lr, Tensor):
+            x.sub_(update * (lr * s))
+        else:
+            x.add_(update, alpha=-lr * s)
 
 
 def as_matrix(tensor: Tensor, layout: str) -> Tensor:
