@@ -4,10 +4,10 @@
 
 Parameters: all of GPT-2 small (124M), its hidden matrices, and a set of LoRA matrices (hundreds of small tensors), in
 float32. One process; the optimizers take turns, so that the machine's other load falls on all alike; medians of the
-times, and of the ratios, turn by turn, to the first of each table. Gradients are random, and new tensors in every step,
-as zero_grad(set_to_none=True) and a backward pass leave them. Those of each tensor have the norm 0.01, of which ‖g_t‖
-alone says that max_norm=1 clips nothing; in rows named "clips" it is 10, so that every ‖c_t‖ is measured and every c_t
-divided. On CUDA, if there is one, otherwise on the CPU.
+times, and of the ratios, turn by turn, to the first of each table. Gradients are random, and new tensors in every
+step, as zero_grad(set_to_none=True) and a backward pass leave them. Those of each tensor have the norm 0.01, of which
+‖g_t‖ alone says that max_norm=1 clips nothing; in rows named "clips" it is 10, so that every ‖c_t‖ is measured and
+every c_t divided. On CUDA, if there is one, otherwise on the CPU.
 
 "Extra peak" is what step() allocates beyond parameters, gradients and state. pytorch_optimizer's MARS is measured
 where that package is installed (the `bench` extra).

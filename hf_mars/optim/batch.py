@@ -88,6 +88,13 @@ class Batch:
             count += size
         yield self._piece(slice(start, None))
 
+    def subset(self, places: list[int]) -> Batch:
+        """The same of the parameters at some places alone."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        lists = {name: value for name, value in values.items() if isinstance(value, list) and value}
+        values.update({name: [value[i] for i in places] for name, value in lists.items()})
+        return replace(self, **values)
+
     def _piece(self, chosen: slice) -> Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values.update({name: value[chosen] for name, value in values.items() if isinstance(value, list)})

@@ -29,11 +29,6 @@ COPIED_AT_A_TIME = 1 << 24
 Norms = list[float] | list[Tensor] | None
 
 
-def why_not(batch: Batch) -> str | None:
-    """None: this execution takes every batch."""
-    return None
-
-
 def step(batches: list[Batch], last_norms: LastNorms) -> None:
     """Update the parameters of `batches` and their states.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -21,16 +22,13 @@ class Execution(Protocol):
     @property
     def __name__(self) -> str: ...
 
-    def why_not(self, batch: Batch, /) -> str | None:
-        """Why `step` cannot take `batch`; None if it can."""
-
     def step(self, batches: list[Batch], last_norms: LastNorms, /) -> None:
         """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}.
 
         Modifies the parameters and their states; may overwrite `previous_grads`. Gradients are not modified.
 
         Args:
-            batches: those that `why_not` has no objection to.
+            batches: what it can take, as `gpu.split` and `cpu.why_not` say; the composition takes every batch.
             last_norms: the known ‖g_{t−1}‖₂; brought up to date.
         """
 
@@ -39,26 +37,31 @@ def by_execution(batches: list[Batch]) -> list[tuple[Execution, list[Batch]]]:
     """Batches beside the execution that takes them, each execution once."""
     chosen: dict[str, tuple[Execution, list[Batch]]] = {}
     for batch in batches:
-        execution, why_not = choose(batch)
-        if why_not is not None and not torch.compiler.is_compiling():
-            device = batch.params[0].device.type
-            _log_once(f"{batch.group['update']} steps on {device} are composed of torch's kernels: {why_not}")
-        chosen.setdefault(execution.__name__, (execution, []))[1].append(batch)
+        for execution, some in _shares(batch):
+            chosen.setdefault(execution.__name__, (execution, []))[1].append(some)
     return list(chosen.values())
 
 
-def choose(batch: Batch) -> tuple[Execution, str | None]:
-    """The execution for a batch; and, where that is the composition, the reason that no kernel takes it."""
-    if torch.compiler.is_compiling():
-        return composed, "the compiler fuses torch's kernels by itself"
+def _shares(batch: Batch) -> Iterator[tuple[Execution, Batch]]:
+    """What of a batch kernels take, and the rest, which is composed."""
+    if torch.compiler.is_compiling():  # the compiler fuses torch's kernels by itself
+        yield composed, batch
+        return
     device = batch.params[0].device
+    rest: Batch | None = batch
     why_not: str | None = f"there are no kernels for {device.type}"
-    for kernels in (gpu, cpu):
-        if kernels.is_for(device):
-            why_not = kernels.why_not(batch)
-            if why_not is None:
-                return kernels, None
-    return composed, why_not
+    if gpu.is_for(device):
+        taken, rest, why_not = gpu.split(batch)
+        if taken is not None:
+            yield gpu, taken
+    elif cpu.is_for(device):
+        why_not = cpu.why_not(batch)
+        if why_not is None:
+            yield cpu, batch
+            return
+    if rest is not None:
+        _log_once(f"{batch.group['update']} steps on {device.type} are composed of torch's kernels: {why_not}")
+        yield composed, rest
 
 
 _logged: set[str] = set()
