@@ -4,7 +4,7 @@
 
 MARS-AdamW and MARS-Lion as `hf_mars/optim/kernels/gpu.py` takes them, and torch's fused AdamW, over 50, 150 and 500
 small matrices on the CPU. The Triton kernels, and torch's functions that launch AdamW's, are replaced by functions
-that do nothing, so that what is left is Python's work before and between launches. One process; the optimizers take turns;
+that do nothing: what is left is Python's work before and between launches. One process; the optimizers take turns;
 medians of the thread's own time, in microseconds, and the median of the ratios turn by turn. Gradients lie where they
 lay in the last step, as a caching allocator mostly gives them, or elsewhere ("moved").
 """

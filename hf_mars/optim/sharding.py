@@ -133,6 +133,18 @@ def _local_norms(tensors: list[Tensor]) -> list[Tensor]:
     return [results[i] for i in range(len(tensors))]
 
 
+def all_agree(value: bool, group: Replicas, device: torch.device) -> bool:
+    """Whether `value` is true on all ranks of `group`, each of which must ask. Tensors on `device` are exchanged."""
+    agreed = torch.tensor(int(value), device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
+    return bool(agreed.item())
+
+
+def is_one_of_several() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 # ---- whole matrices ----
 
 

@@ -13,7 +13,7 @@ from helpers import assert_close, assert_equal, make, run_steps, values
 from kernel_helpers import COMPOSED, EVERY_FUSED, EXECUTIONS, NEEDS_GPU, assert_mostly_close, gpu, short_and_clipped
 
 from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
-from hf_mars.optim.kernels import trial
+from hf_mars.optim.kernels import launch, trial
 from hf_mars.optim.kernels.plan import Table
 from hf_mars.optim.last_grad import LastNorms
 
@@ -164,9 +164,8 @@ def test_one_odd_gradient_keeps_none_of_the_others_from_the_kernels(method, call
 
 @EVERY_FUSED
 def test_groups_with_equal_settings_are_launched_together(method, monkeypatch):
-    launches = []
-    launch = gpu._launch
-    monkeypatch.setattr(gpu, "_launch", lambda *args: (launches.append(len(args[3].places)), launch(*args)))
+    launches, original = [], launch.launch
+    monkeypatch.setattr(launch, "launch", lambda *args: (launches.append(len(args[3].places)), original(*args)))
     params = GPU.params([(4, 3), (3, 5), (5, 4), (2, 2)])
     gradients = GPU.gradients(params, 3, scales=(1e-3, 1.0))
     decays = (0.1, 0.0, 0.1, 0.0)
@@ -182,8 +181,8 @@ def test_groups_with_equal_settings_are_launched_together(method, monkeypatch):
 
 def test_nothing_is_uploaded_where_nothing_has_moved(monkeypatch):
     """Nor where learning rates change; a gradient elsewhere, another set of gradients and new states are noticed."""
-    made = []
-    init = Table.__init__
+    gpu.kernels_for(torch.device(DEVICE))
+    made, init = [], Table.__init__
     monkeypatch.setattr(Table, "__init__", lambda self, *args: (made.append(1), init(self, *args))[1])
     params = GPU.params([(4, 3), (3, 5)])
     optimizer = make("mars_adamw", params)
@@ -210,6 +209,62 @@ def test_nothing_is_uploaded_where_nothing_has_moved(monkeypatch):
     assert len(made) == 5
 
 
+@pytest.mark.parametrize("settings", [{}, {"gamma": 0.0}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("method", ["mars_adamw", "mars_shampoo"])
+def test_the_composed_clip_is_one_launch_that_leaves_alone_what_is_short(method, settings, monkeypatch):
+    """Where norms are on the device. torch divides lists by 0-d tensors in one launch per tensor."""
+    finals, divided, divide = [], [], gpu.divide
+
+    def counting(tensors, divisors):
+        divided.append(len(tensors))
+        divide(tensors, divisors)
+
+    for on_device in (False, True):
+        if on_device:
+            monkeypatch.setattr("hf_mars.optim.composed.reads_are_free", lambda tensors: False)
+            monkeypatch.setattr(torch, "_foreach_div_", None)
+            monkeypatch.setattr(gpu, "divide", counting)
+        params = GPU.params([(6, 5), (50, 90), (3, 4)])
+        optimizer = make(method, params, max_norm=1.0, fused=False, foreach=False, **settings)
+        gradients = GPU.gradients(params, 4, scales=(1e-3, 1.0, 0.02))
+        finals.append(run_steps(optimizer, params, gradients[: 1 if "exact" in settings else 4]))
+        assert divided == ([3] * (1 if "exact" in settings else 4) if on_device else [])
+    assert_close(*finals, 1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_dividing_by_nothing_writes_nothing(bad):
+    tensors = [torch.full((n,), 2.0, device=DEVICE) for n in (5, 3, launch.BLOCK + 1, 2)]
+    tensors.append(torch.full((7,), 2.0, device=DEVICE)[1:])
+    tensors[0][1] = bad
+    gpu.divide(tensors, torch.tensor([1.0, 4.0, 2.0, math.nan, 8.0], device=DEVICE))
+    assert tensors[0].isfinite().sum() == 4 and tensors[3].isnan().all()
+    assert [t[0].item() for t in tensors[:3]] == [2.0, 0.5, 1.0] and (tensors[4] == 0.25).all()
+
+
+def test_replicas_take_the_same_way(calls, monkeypatch):
+    """Where the kernels of one rank do not run, none takes them."""
+    asked = []
+    monkeypatch.setattr(gpu, "all_agree", lambda own, group, device: (asked.append(own), False)[1])
+    logged = set()
+    monkeypatch.setattr("hf_mars.optim.execution._logged", logged)
+    gpu._run_on_all.cache_clear()
+    params = GPU.params([(5, 4), (6, 5)])
+    settings = {"max_norm": 1.0, "process_group": Alone()}
+    optimizer = MarsShampoo([{"params": params[:1], "kind": "embedding"}, {"params": params[1:]}], **settings)
+    run_steps(optimizer, params, GPU.gradients(params, 3))
+    gpu._run_on_all.cache_clear()
+    assert not calls and asked == [True]
+    assert any("Triton does not work on another rank" in message for message in logged)
+
+
+class Alone:
+    """A stand-in for a process group of one."""
+
+    def size(self):
+        return 1
+
+
 def test_plans_keep_no_state_alive():
     (param,) = GPU.params([(4, 3)])
     optimizer = make("mars_adamw", [param])
@@ -231,13 +286,13 @@ def anew():
 
 @pytest.mark.parametrize("wrong", ["parameter", "moving average", "moving average of squares", "last gradient"])
 def test_kernels_that_compute_something_else_are_not_used(wrong, anew, calls, monkeypatch):
-    step = gpu._step
+    take = launch.take
 
     def off(kernels, batches, last_norms):
-        step(kernels, batches, last_norms)
+        take(kernels, batches, last_norms)
         trial._results(batches[0])[wrong][1].view(-1)[-1].add_(1e-3)
 
-    monkeypatch.setattr(gpu, "_step", off)
+    monkeypatch.setattr(launch, "take", off)
     (param,) = GPU.params([(4, 3)])
     with pytest.warns(UserWarning, match=f"compute another {wrong} than torch's kernels"):
         run_steps(make("mars_adamw", [param]), [param], GPU.gradients([param], 1))

@@ -13,6 +13,8 @@ import torch
 from kernel_helpers import gpu
 from launch_helpers import ROOT
 
+from hf_mars.optim.kernels import launch
+
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
@@ -58,9 +60,9 @@ def kernel_cases(dtype):
     dtype = getattr(tl, dtype)
     of_block = {"table": "*i64", "tensor_of_block": "*i32", "stride": "i32"}
     of_tensor = {"table": "*i64", "stride": "i32"}
-    wide, reduced = {"WIDE": tl.float32}, {"REDUCED": gpu.REDUCED}
+    wide, reduced = {"WIDE": tl.float32}, {"REDUCED": launch.REDUCED}
     read = {"G_DTYPE": dtype, "PREV_DTYPE": dtype}
-    lanes = {"ALIGNED": True, "BLOCK": gpu.BLOCK}
+    lanes = {"ALIGNED": True, "BLOCK": launch.BLOCK}
     bounds, rates = numbers("kappa", "max_norm"), numbers("beta1", "beta2", "lr", "max_norm")
     known = {"knowledge": "*i32"}
     results = floats("clip_factors", "step_sizes", "inverse_root_bias2")
@@ -100,7 +102,7 @@ def compiled(dtype, target):
         signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         device = GPUTarget(*target, 64 if target[0] == "hip" else 32)
-        asm = triton.compile(source, target=device, options=gpu.OPTIONS).asm
+        asm = triton.compile(source, target=device, options=launch.OPTIONS).asm
         results.append((kernel.fn.__name__, constants, asm))
     return results
 
@@ -131,7 +133,7 @@ class TestCompiled:
                 continue
             operands = 4 + constants["IS_ADAMW"] + constants["COMPENSATED"]  # x, g, g_{t−1}, m; v; compensation
             size = {"float32": 4, "bfloat16": 2}[dtype]
-            pieces = gpu.BLOCK // (32 * gpu.OPTIONS["num_warps"]) * size // 16  # of a thread
+            pieces = launch.BLOCK // (32 * launch.OPTIONS["num_warps"]) * size // 16  # of a thread
             assert asm["ptx"].count("ld.global.v4.b32") == operands * pieces
             assert asm["ptx"].count("st.global.v4.b32") == (operands - 1) * pieces
             if constants["COMPENSATED"]:
@@ -155,7 +157,7 @@ class TestCompiled:
         for name, _, asm in compiled("float32", target):
             (tmp_path / "cubin").write_bytes(asm["cubin"])
             usage = subprocess.run([tool, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True).stdout
-            assert int(re.search(r"REG:(\d+)", usage)[1]) * 32 * gpu.OPTIONS["num_warps"] * 4 <= 65536, name
+            assert int(re.search(r"REG:(\d+)", usage)[1]) * 32 * launch.OPTIONS["num_warps"] * 4 <= 65536, name
 
 
 @pytest.mark.slow

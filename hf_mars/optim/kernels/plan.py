@@ -11,7 +11,7 @@ import itertools
 import operator
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -87,7 +87,9 @@ class Plan:
 
     def _set_addresses(self, rows: dict[str, list[Tensor]], made_addresses: list[int]) -> None:
         self._made_addresses = made_addresses
-        self.addresses = {name: array("q", map(Tensor.data_ptr, row)) for name, row in rows.items()}
+        self.addresses: dict[str, Sequence[int]] = {
+            name: array("q", map(Tensor.data_ptr, row)) for name, row in rows.items()
+        }
         together = [row for name, row in self.addresses.items() if name != "STEP"]
         self.unaligned = {i for row in together for i, address in enumerate(row) if address % ALIGNMENT}
 
@@ -189,18 +191,17 @@ class Table:
         scratch: the kernels' memory between launches of one step, by name.
     """
 
-    def __init__(self, plans: tuple[Plan, ...], places: list[tuple[int, int]], is_aligned: bool, device: torch.device):
-        self.places, self.is_aligned, self.device = places, is_aligned, device
-        self.is_everything = len(plans) == 1 and len(places) == len(plans[0].sizes)
-        sizes = [plans[p].sizes[i] for p, i in places]
+    def __init__(
+        self, sizes: list[int], addresses: Mapping[str, Sequence[int]], is_aligned: bool, device: torch.device
+    ):
+        self.is_aligned, self.device = is_aligned, device
+        self.places: list[tuple[int, int]] = []
+        self.is_everything = True
         first_blocks = [0, *itertools.accumulate(-(-size // BLOCK) for size in sizes)]
         self.blocks, n = first_blocks[-1], len(sizes)
         self.stride = n + 2 - n % 2  # with room for first_blocks, and rows aligned to 16 bytes
         data = array("q")
-        addresses = (
-            [plans[p].addresses[name][i] for p, i in places] if name in plans[0].addresses else () for name in ROWS
-        )
-        for row in (sizes, first_blocks, *addresses):
+        for row in (sizes, first_blocks, *(addresses.get(name, ()) for name in ROWS)):
             data.extend(row)
             data.extend([0] * (self.stride - len(row)))
         on_device = torch.frombuffer(data, dtype=torch.int64)
@@ -210,6 +211,21 @@ class Table:
         counts = on_device[self.stride + 1 : self.stride + 1 + n] - on_device[self.stride : self.stride + n]
         self.tensor_of_block = torch.repeat_interleave(counts, output_size=self.blocks).int()
         self._scratch: dict[tuple[str, int, torch.dtype], Tensor] = {}
+
+    @classmethod
+    def of_plans(
+        cls, plans: tuple[Plan, ...], places: list[tuple[int, int]], is_aligned: bool, device: torch.device
+    ) -> Table:
+        """The table of some of the tensors of `plans`."""
+        is_everything = len(plans) == 1 and len(places) == len(plans[0].sizes)
+        if is_everything:
+            table = cls(plans[0].sizes, plans[0].addresses, is_aligned, device)
+        else:
+            names = plans[0].addresses
+            addresses = {name: [plans[p].addresses[name][i] for p, i in places] for name in names}
+            table = cls([plans[p].sizes[i] for p, i in places], addresses, is_aligned, device)
+        table.places, table.is_everything = places, is_everything
+        return table
 
     def scratch(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         """Memory that the next step may use again, of no particular content."""
@@ -230,7 +246,7 @@ def tables_of(plans: tuple[Plan, ...], stream: int, device: torch.device) -> Ite
         by_alignment: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         for p, i in places:
             by_alignment[i not in plans[p].unaligned].append((p, i))
-        tables = [Table(plans, some, is_aligned, device) for is_aligned, some in by_alignment.items() if some]
+        tables = [Table.of_plans(plans, some, aligned, device) for aligned, some in by_alignment.items() if some]
         first.tables = stream, others, tables
     yield from first.tables[2]
 
