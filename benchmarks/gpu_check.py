@@ -153,7 +153,8 @@ def training(report: Report, seconds: float) -> None:
             if line.startswith("{"):
                 report.info("GPT-2 small", json.loads(line))
         process.wait()
-    report.check("GPT-2 small", process.returncode == 0, "loss against tokens and seconds above" or last)
+    done = process.returncode == 0
+    report.check("GPT-2 small", done, "loss against tokens and seconds above" if done else last)
 
 
 TEXT: str | None = None  # of the last part; None: the novel that ships
@@ -194,8 +195,7 @@ def run(report: Report, chosen: list[str], minutes: float, began: float) -> None
 
 def restart(report: Report, remaining: list[str], minutes: float) -> None:
     """The other parts in a new process, which adds its lines to the file."""
-    arguments = [argument for argument in sys.argv[1:]]
-    command = [sys.executable, __file__, *arguments, "--minutes", f"{max(minutes, 0.1):.2f}", "--parts", *remaining]
+    command = [sys.executable, __file__, *sys.argv[1:], "--minutes", f"{max(minutes, 0.1):.2f}", "--parts", *remaining]
     sys.stdout.flush()
     raise SystemExit(min(100, report.fails + subprocess.run([*command, "--append"]).returncode))
 

@@ -149,7 +149,7 @@ def sweep(report):
 
 
 def host(report, seconds):
-    """Of small tensors: µs of the host per step, launches per step, and the share of the time that the device idles."""
+    """Of small tensors: µs of the host per step, launches per step, the share of the time that the device idles."""
     for count in (3, 5) if report.is_tiny else (50, 150, 300, 500):
         first = None
         for name, (make, length, _, _) in CONTESTANTS.items():

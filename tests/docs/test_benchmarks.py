@@ -47,6 +47,7 @@ RUNS = {
     "diagnostics_cost": ("", 0, tiny_diagnostics_cost),
     "exact_cost": ("--n_layer 1 --n_embd 8 --vocab 32 --block 8 --batch 1 --accumulate 1 --turn 1 --turns 2", 2, None),
     "exact_variance": ("--seeds 1 --lrs 0.1", 9, None),
+    "host_time": ("--turns 3", 24, None),
     "low_precision": ("", 6, tiny_low_precision),
     "state_bytes": ("", 26, None),
     "step_time": ("--steps 1 --device cpu", 18, tiny_step_time),
@@ -90,4 +91,5 @@ def test_sharded_step_runs():
 def test_every_benchmark_is_run():
     elsewhere = {"sharded_step", "communication", "communication_formulas"}  # here, and in test_scaling.py
     elsewhere |= {"pretrain_gpu", "pretrain_gpu_runs", "evidence"}  # in files of their own
+    elsewhere |= {path.stem for path in BENCHMARKS.glob("gpu_check*.py")}  # in test_gpu_check.py
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == RUNS.keys() | elsewhere
