@@ -6,7 +6,7 @@ PACKAGE := setup.py setup.cfg pyproject.toml constraints.txt $(shell find hf_mar
 # A worker per core; the tests of a file, which share its fixtures, stay together.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast quality style docs pictures matrix clean
+.PHONY: demo test test-fast chaos quality style docs pictures matrix clean
 .NOTPARALLEL:
 
 # One environment; each target adds the extra of setup.cfg that it needs, and no more.
@@ -33,6 +33,12 @@ test-fast: $(VENV)/.with-test
 	$(PYTEST) -m "not slow"
 
 # Format and lint, types, and the laws of imports (CONTRIBUTING.md).
+# Runs that are killed, stopped, torn and starved of disk space for that long, compared with undisturbed ones; fuzzing.
+MINUTES ?= 30
+chaos: $(VENV)/.with-test
+	HYPOTHESIS_PROFILE=chaos $(BIN)/python -m pytest tests/chaos/test_fuzz.py
+	$(BIN)/python tests/chaos/chaos.py --minutes $(MINUTES)
+
 quality: $(VENV)/.with-quality
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)

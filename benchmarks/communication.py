@@ -150,18 +150,28 @@ def count(engine: str, name: str) -> dict[str, Any]:
                 backward()
         backward()
 
+    in_optimizer, take_step = CollectiveCounter(), optimizer.step
+
+    def step():
+        with in_optimizer:
+            take_step()
+
+    optimizer.step = step
+
     for update in range(3):
         # Engines settle their buckets in the first updates.
         in_backward, in_step = CollectiveCounter(), CollectiveCounter()
         with in_backward if update == 2 else contextlib.nullcontext():
             evaluate()
         gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        in_optimizer.payload.clear()
         with in_step if update == 2 else contextlib.nullcontext():
             train.step() if engine.startswith("zero") else optimizer.step()
         if not engine.startswith("zero"):
             optimizer.zero_grad()
     if engine.startswith("zero"):
-        in_step.payload.pop("all_reduce", None)  # DeepSpeed's own norms and overflow flags, a few numbers
+        # Without DeepSpeed's own norms and overflow flags, a few numbers.
+        in_step.payload["all_reduce"] = in_optimizer.payload["all_reduce"]
     weights = [getattr(p, "ds_tensor", local(p)) for p in model.parameters()]
     if engine.startswith("zero"):
         stage_3 = engine == "zero3"
@@ -176,7 +186,7 @@ def count(engine: str, name: str) -> dict[str, Any]:
         "weights": sum(t.nbytes for t in weights),
         "gradients": sum(t.nbytes for t in gradients) if engine in ("ddp", "fsdp2") else None,
         "backward": dict(in_backward.payload),
-        "step": dict(in_step.payload),
+        "step": dict(+in_step.payload),
     }
 
 

@@ -18,6 +18,8 @@ from hf_mars.optim.sharding import owners_of
 
 FP32, BF16 = 4, 2  # bytes
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+NOT_ZERO = ("ddp", "fsdp2")  # where there is exact mode
+BOTH = ("matrix", "embedding")
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,21 @@ def shampoo(state, *, replicas=False, **settings):
         replicas=replicas,
         evaluations=2 if exact else 1,
         temporaries=0 if clips or exact else 1,  # m_t, in the one-tensor form
-        engines=("ddp",) if replicas else ("ddp", "fsdp2"),
+        engines=("ddp",) if replicas else NOT_ZERO if exact else ENGINES,
     )
 
 
-BOTH = ("matrix", "embedding")
 MARS_M = {"adjust_lr_fn": "match_rms_adamw"}
 CLIP = {"max_norm": 1.0}
-NOT_ZERO = ("ddp", "fsdp2")
 VARIANTS = {
     "adamw_torch": Variant(functools.partial(torch.optim.AdamW, fused=True), (2, 2, 2)),
     "mars_adamw": Variant(MarsAdamW, (3, 3, 2)),
-    "mars_adamw max_norm=1": Variant(functools.partial(MarsAdamW, **CLIP), (3, 3, 2), clipped=BOTH, engines=NOT_ZERO),
+    "mars_adamw max_norm=1": Variant(functools.partial(MarsAdamW, **CLIP), (3, 3, 2), clipped=BOTH),
     "mars_adamw exact": Variant(functools.partial(MarsAdamW, exact=True), (3, 3, 3), evaluations=2, engines=NOT_ZERO),
     # Its temporary tensor is sign(m_t); in the one-tensor form m_t is one too.
     "mars_lion": Variant(MarsLion, (1, 1, 2), adamw=("1d",), temporaries=2),
     "mars_lion max_norm=1": Variant(
-        functools.partial(MarsLion, **CLIP), (2, 2, 2), adamw=("1d",), clipped=BOTH, temporaries=1, engines=NOT_ZERO
+        functools.partial(MarsLion, **CLIP), (2, 2, 2), adamw=("1d",), clipped=BOTH, temporaries=1
     ),
     "mars_lion exact": Variant(
         functools.partial(MarsLion, exact=True),
@@ -182,10 +182,9 @@ def passing_bytes(model: Model, variant: Variant, engine: str, ranks: int) -> in
         tensors += model.elements(engine=engine, ranks=ranks)  # the gradient at the previous point
     if variant.orthogonalizes:
         share, _ = model.largest_share(ranks)
-        if engine == "fsdp2":
-            tensors += (
-                mine + 5 * share
-            )  # of its matrices: shards, wholes, results, those packed, and once more to send
+        if engine != "ddp":
+            # Of its matrices: pieces, wholes, results, those packed, and once more to send.
+            tensors += mine + 5 * share
         else:
             tensors += mine + (2 * share if variant.replicas else 0)  # all results; its own also before it packs them
     return FP32 * tensors
@@ -208,12 +207,12 @@ def step_collectives(model: Model, variant: Variant, engine: str, ranks: int) ->
     """Payload of the collectives of one step(); of an all-to-all, what the fullest rank sends."""
     payload = Counter()
     share, _ = model.largest_share(ranks)
-    if engine == "fsdp2":
+    if engine != "ddp":
         payload["all_reduce"] = FP32 * model.tensors(variant.clipped)  # norms
     if engine in ("zero1", "zero2"):
         payload["all_gather"] = BF16 * ranks * model.elements(engine=engine, ranks=ranks)  # updated parameters
-    if variant.orthogonalizes and engine == "fsdp2":
-        # Shards of the momentum to the rank that works on the matrix, and its results back.
+    if variant.orthogonalizes and engine != "ddp":
+        # Pieces of the momentum to the rank that works on the matrix, and its results back.
         payload["all_to_all"] = FP32 * (model.elements(["matrix"], engine, ranks) + share)
     if variant.replicas and engine == "ddp":
         payload["broadcast"] = FP32 * model.elements(["matrix"])  # results, each from the rank that worked on it

@@ -56,6 +56,9 @@ def parse_arguments(argv: list[str], program: str | None = None) -> Arguments:
                 values.pop(name, None)
         of_many_values = {action.dest for action in parser._actions if action.nargs == "+"}
         argv = arguments_of(values, of_many_values) + argv
+    for word in argv:
+        if word.startswith("--") and word.endswith("=--"):  # argparse drops the value and goes on
+            raise UsageError(f"{word}: is no value; leave {word[:-3]} out for the default")
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False

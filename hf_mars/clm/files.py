@@ -31,7 +31,7 @@ def file_format(path: str, argument: str) -> str:
 def matching_files(path: str) -> list[str]:
     """The absolute names of the files that a name or a glob pattern stands for."""
     names = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
-    return [str(Path(name).resolve()) for name in names]
+    return [str(Path(name).resolve()) for name in names if Path(name).is_file()]  # no folders, no dead links
 
 
 def is_token_bin(path: str | None) -> bool:

@@ -13,10 +13,10 @@ from .algorithm.correction import relative_update_rms
 from .exact import PreviousPoint
 from .form import Form, kappa_of
 from .groups import Group
-from .last_grad import keep
+from .last_grad import keep, keep_unless
 from .precision import needs_compensation
-from .sharding import WHOLE, Part, Replicas, elements_per_rank, part_of
-from .state import State, decide_form, make_state, state_keys
+from .sharding import WHOLE, Originals, Part, Ranks
+from .state import Made, State, decide_form, make_state, state_keys
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Batch:
     parts: list[Part]  # how the tensors lie in the whole parameters; for the two services of sharding.py alone
     is_whole: bool = True  # this process holds all of every parameter
     adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
-    replicas: Replicas | None = None  # ranks that hold equal parameters and gradients, where that is known
+    replicas: Ranks | None = None  # ranks that hold equal parameters and gradients, where that is known
 
     @property
     def kappa(self) -> float:
@@ -68,9 +68,11 @@ class Batch:
         """γ of correction.momentum: in the one-tensor form the momentum of plain gradients does the correction."""
         return float(self.group["gamma"]) if self.form is Form.ONE_TENSOR else 0.0
 
-    def keep_last_grads(self, finite: list[bool] | None) -> list[Tensor]:
-        """g_t in the place of g_{t−1}; see `last_grad.keep`. Returns g_t as it is kept."""
+    def keep_last_grads(self, finite: list[bool] | None, flag: Tensor | None = None) -> list[Tensor]:
+        """g_t in the place of g_{t−1}, unless `flag` is raised; see `last_grad.keep`. Returns g_t as it is kept."""
         assert self.previous_grads is not None
+        if flag is not None:
+            return keep_unless(flag, self.previous_grads, self.grads)
         if not self.is_whole:  # their g_{t−1} stays the memory that it is
             return keep(self.previous_grads, self.grads, None)
         kept = keep(self.previous_grads, self.grads, finite)
@@ -81,7 +83,8 @@ class Batch:
     def pieces(self, elements: int) -> Iterator[Batch]:
         """The same in batches of at most so many elements, or of one parameter; the same batches on every rank."""
         start, count = 0, 0
-        for i, size in enumerate(map(elements_per_rank, self.params, self.parts)):
+        sizes = [part.elements_per_rank(param) for part, param in zip(self.parts, self.params, strict=True)]
+        for i, size in enumerate(sizes):
             if i > start and count + size > elements:
                 yield self._piece(slice(start, i))
                 start, count = i, 0
@@ -106,9 +109,11 @@ def collect(
     state: Mapping[Tensor, State],
     forms: dict[Tensor, Form],
     previous_point: PreviousPoint,
+    originals: Originals,
+    made: list[Made],
     *,
     adjusts_lr: bool,
-    replicas: Replicas | None,
+    replicas: Ranks | None,
 ) -> list[Batch]:
     """Batches of all parameters that have a gradient. Makes the states of those that have none yet.
 
@@ -117,18 +122,20 @@ def collect(
         state: the optimizer's.
         forms: of each parameter that has a state; brought up to date.
         previous_point: has the gradients at x_{t−1} of exact groups.
+        originals: knows what lies in flat tensors.
+        made: gets the parameters whose state was made or added to.
         adjusts_lr: see `Batch`; of every AdamW update among them.
         replicas: see `Batch`.
 
     Raises:
-        RuntimeError: a gradient is sparse; or an engine has flattened matrices that the update needs whole.
+        RuntimeError: a gradient is sparse; or see `Originals.parts_of`.
     """
     batches = []
     for group in groups:
         alike = _alike([param for param in group["params"] if param.grad is not None])
         form = decide_form(group, state, forms) if alike else Form.PLAIN
         for params in alike:
-            batch = _batch(group, params, state, forms, form, previous_point)
+            batch = _batch(group, params, state, forms, form, previous_point, originals, made)
             batches.append(replace(batch, adjusts_lr=adjusts_lr and group["update"] == "adamw", replicas=replicas))
     return batches
 
@@ -148,19 +155,36 @@ def _batch(
     forms: dict[Tensor, Form],
     form: Form,
     previous_point: PreviousPoint,
+    originals: Originals,
+    made: list[Made],
 ) -> Batch:
     for param in params:
         if param.grad is not None and param.grad.is_sparse:
             raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
-    parts = [part_of(param) for param in params]
+    complete = state_keys(params[0].dtype, group, form)
+    # Flat tensors have several parts; below, every list has an entry per part.
+    parts_of_each = [originals.parts_of(param, group) for param in params]
+    for param in params:
+        own = state[param]
+        if own.keys() != complete or forms.get(param) is not form:
+            before = frozenset(own)
+            make_state(param, own, group, form)
+            if own.keys() - before:
+                made.append((param, before))
+            forms[param] = form
+    is_adamw = group["update"] == "adamw"
+    steps = [state[param]["step"] for param in params] if is_adamw else []
+    if any(len(own) != 1 for own in parts_of_each):
+        # A flat tensor has one t for all: it serves the first part, copies of it the others.
+        counts = [len(own) for own in parts_of_each]
+        steps = [s for step, n in zip(steps, counts, strict=False) for s in (step, *step.repeat(n - 1).unbind())]
+        params = [param for param, n in zip(params, counts, strict=True) for _ in range(n)]
+    parts = [part for own in parts_of_each for part in own]
     is_whole = all(part is WHOLE for part in parts)
     states = [state[param] for param in params]
     grads = [part.of(param.grad) for part, param in zip(parts, params, strict=True) if param.grad is not None]
-    complete = state_keys(params[0].dtype, group, form)
-    for param, part, grad, own in zip(params, parts, grads, states, strict=True):
-        if own.keys() != complete or forms.get(param) is not form:
-            make_state(param, part, grad, own, group, form)
-            forms[param] = form
+    if not is_whole:  # an engine's buffers; which execution takes a part must not depend on the rank
+        grads = [grad.contiguous() for grad in grads]
 
     def kept(key: str) -> list[Tensor]:
         if is_whole:  # hundreds of small tensors take as long as their step
@@ -172,7 +196,6 @@ def _batch(
         previous_grads = kept("last_grad")
     elif form is Form.EXACT and kappa_of(group) > 0:
         previous_grads = previous_point.gradients(params, parts, grads)
-    is_adamw = group["update"] == "adamw"
     return Batch(
         group,
         form,
@@ -181,7 +204,7 @@ def _batch(
         previous_grads=previous_grads,
         exp_avgs=kept("exp_avg"),
         exp_avg_sqs=kept("exp_avg_sq") if is_adamw else [],
-        steps=[own["step"] for own in states] if is_adamw else [],
+        steps=steps,
         compensations=kept("compensation") if needs_compensation(params[0].dtype, group) else [],
         states=states,
         parts=parts,

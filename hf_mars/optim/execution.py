@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -12,6 +12,7 @@ from . import composed
 from .batch import Batch
 from .kernels import cpu, gpu
 from .last_grad import LastNorms
+from .skipping import Skip
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +23,28 @@ class Execution(Protocol):
     @property
     def __name__(self) -> str: ...
 
-    def step(self, batches: list[Batch], last_norms: LastNorms, /) -> None:
-        """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}.
+    def measure(self, batches: list[Batch], last_norms: LastNorms, skip: Skip, /) -> Any:
+        """What must be known of whole tensors before anything is changed: norms, for the clip. Changes nothing.
+
+        Args:
+            batches: what it can take, as `gpu.split` and `cpu.why_not` say; the composition takes every batch.
+            last_norms: the known ‖g_{t−1}‖₂, which are taken.
+            skip: gets the norms that are measured anyway, unless it is decided.
+
+        Returns:
+            What `step` needs of it.
+        """
+
+    def step(self, batches: list[Batch], measured: Any, last_norms: LastNorms, skip: Skip, /) -> None:
+        """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; nothing where `skip` says so.
 
         Modifies the parameters and their states; may overwrite `previous_grads`. Gradients are not modified.
 
         Args:
-            batches: what it can take, as `gpu.split` and `cpu.why_not` say; the composition takes every batch.
+            batches: those of `measure`.
+            measured: its result.
             last_norms: the known ‖g_{t−1}‖₂; brought up to date.
+            skip: whether the step changes nothing; the host knows that it does not, or only devices know.
         """
 
 

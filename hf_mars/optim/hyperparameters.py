@@ -66,6 +66,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "last_grad_dtype": _STATE_DTYPE,
     "state_dtype": _STATE_DTYPE,
     "kahan_sum": ("True, False or None", lambda v: v is None or _flag(v)),
+    "skip_nonfinite": ("True or False", _flag),
     "foreach": ("True, False or None", lambda v: v is None or _flag(v)),
     "fused": ("True, False or None", lambda v: v is None or _flag(v)),
     "ns_steps": ("an integer in [1, 100], or None", lambda v: v is None or (type(v) is int and 1 <= v <= 100)),

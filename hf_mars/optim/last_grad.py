@@ -40,6 +40,14 @@ def keep(last_grads: list[Tensor], grads: list[Tensor], finite: list[bool] | Non
     return result
 
 
+def keep_unless(flag: Tensor, last_grads: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """As `keep`, by value; but where `flag` is raised, a number on the device, `last_grads` stay as they are."""
+    for last_grad, grad in zip(last_grads, grads, strict=True):
+        finite = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+        last_grad.copy_(torch.where(flag > 0, last_grad, finite.to(last_grad.dtype)))
+    return last_grads
+
+
 def can_take_over(grad: Tensor) -> bool:
     """Whether memory of `grad` may be kept as g_{t−1} without copying it.
 

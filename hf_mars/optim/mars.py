@@ -19,8 +19,9 @@ from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_
 from .host import check_captured
 from .hyperparameters import check_hyperparameters, dtype_name
 from .last_grad import LastNorms
-from .sharding import Replicas
-from .state import check_updates, load_dtypes
+from .sharding import Originals, Part, Ranks, norms_of_wholes, whole_value
+from .skipping import Norm, Skip, SkippedSteps
+from .state import FORMAT, FORMAT_KEY, Made, begin_with_zero, check_state_dict, load_dtypes, unmake_states
 
 # Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
 _SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
@@ -37,7 +38,7 @@ class Mars(Optimizer):
 
     matrix_update: str
     adjusts_lr = False  # whether `adjust_lr_fn` is about the AdamW updates
-    process_group: Replicas | None = None
+    process_group: Ranks | None = None
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Mars(Optimizer):
         last_grad_dtype: torch.dtype | str | None = None,
         state_dtype: torch.dtype | str | None = None,
         kahan_sum: bool | None = None,
+        skip_nonfinite: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
@@ -65,12 +67,22 @@ class Mars(Optimizer):
         self, params: Iterable[Any], settings: dict[str, Any], roles: Mapping[Tensor, ParameterRole] | None = None
     ) -> None:
         self._roles: Mapping[Tensor, ParameterRole] = roles or {}
+        self._originals = Originals()
         super().__init__(params, settings)
         del self._roles  # it would keep alive the parameters that an engine replaces
         self._start_anew()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups")
         super().__setstate__(state)
+        if before is None:  # unpickled
+            self._originals = Originals()
+            for group in self.param_groups:
+                self._originals.add(group)
+        else:
+            self._originals.follow(before, self.param_groups)
+        for group in self.param_groups:
+            group.setdefault("skip_nonfinite", False)  # checkpoints of 0.1.0 have none
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -78,6 +90,8 @@ class Mars(Optimizer):
         self._forms: dict[Tensor, Form] = {}
         self._last_norms = LastNorms()
         self._previous_point = PreviousPoint()
+        self._told_norms: tuple[Norm, ...] = ()
+        self._skipped_steps = SkippedSteps()
 
     # ---- one step ----
 
@@ -102,19 +116,79 @@ class Mars(Optimizer):
                 loss = closure()
         check_captured(self.param_groups)
         self._previous_point.check(self.param_groups, self.state)
+        told, self._told_norms = self._told_norms, ()
+        skip = Skip(told or self._norms_to_skip_by(), is_complete=bool(told))
+        if not skip.on_host():
+            self._step(skip)
+        if not torch.compiler.is_compiling() and (device := self._device()) is not None:
+            self._skipped_steps.count(skip, device)
+        self._previous_point.forget()
+        return loss
+
+    def _step(self, skip: Skip) -> None:
+        made: list[Made] = []
         batches = collect(
             self.param_groups,
             self.state,
             self._forms,
             self._previous_point,
+            self._originals,
+            made,
             adjusts_lr=self.adjusts_lr,
             replicas=self.process_group,
         )
-        self._previous_point.keep(self.param_groups, self.state)
-        for execution, some in by_execution(batches):
-            execution.step(some, self._last_norms)
-        self._previous_point.forget()
-        return loss
+        by_executions = by_execution(batches)
+        measured = [execution.measure(some, self._last_norms, skip) for execution, some in by_executions]
+        if skip.on_host():
+            unmake_states(made, self.state, self._forms)
+            return
+        begin_with_zero(made, self.state, skip)
+        self._previous_point.keep(self.param_groups, self.state, skip)
+        for (execution, some), norms in zip(by_executions, measured, strict=True):
+            execution.step(some, norms, self._last_norms, skip)
+
+    # ---- steps that change nothing ----
+
+    def skip_unless_finite(self, *norms: Norm) -> None:
+        """Let the next step() change nothing (no parameter, no state) if one of these norms is not finite.
+
+        For those who have measured them anyway: `optimizer.skip_unless_finite(clip_grad_norm_(…))`. A norm on an
+        accelerator is not read by the host.
+
+        Args:
+            norms: of all gradients, numbers or 0-d tensors, equal in all processes; in exact mode also of those at
+                x_{t−1}. They replace those of an earlier call.
+        """
+        self._told_norms = tuple(whole_value(norm) for norm in norms)
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that changed nothing, since the optimizer was made or loaded."""
+        return self._skipped_steps.read()[0]
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """The number of them since the last step that changed something."""
+        return self._skipped_steps.read()[1]
+
+    def _norms_to_skip_by(self) -> list[Tensor]:
+        """‖g_t‖₂, in exact mode ‖∇f(x_{t−1}, ξ_t)‖₂ too, of groups with `skip_nonfinite`."""
+        tensors: list[Tensor] = []
+        parts: list[Part] = []
+        for group in self.param_groups:
+            for p in group["params"] if group["skip_nonfinite"] else ():
+                if p.grad is None or p.grad.is_sparse:
+                    continue
+                grads = [p.grad, *([self.previous_grads[p]] if p in self.previous_grads else [])]
+                for grad in grads:
+                    own = self._originals.parts_of(p, group)
+                    tensors += [part.of(grad) for part in own]
+                    parts += own
+        return norms_of_wholes(tensors, parts)
+
+    def _device(self) -> torch.device | None:
+        """Where decisions are counted: with the first parameter."""
+        return next((p.device for group in self.param_groups for p in group["params"]), None)
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -209,6 +283,7 @@ class Mars(Optimizer):
             super().add_param_group(group)
             for key in _SPLIT_KEYS:  # which super() has just copied from the defaults
                 self.param_groups[-1].pop(key, None)
+            self._originals.add(self.param_groups[-1])
 
     def _role(self, param: Tensor, settings: dict[str, Any]) -> ParameterRole:
         guess = self._roles.get(param) if "_roles" in self.__dict__ else None
@@ -229,13 +304,18 @@ class Mars(Optimizer):
     # ---- state dict ----
 
     @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with the version of its format under "hf_mars_format"."""
+        return {**super().state_dict(), FORMAT_KEY: FORMAT}
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict() of the same optimizer class over the same groups.
 
         Raises:
-            ValueError: it belongs to another MARS variant, or its groups do not match.
+            ValueError: it belongs to another optimizer, its groups do not match, or values in it are not allowed.
         """
-        check_updates(state_dict["param_groups"], self.param_groups, type(self).__name__)
+        check_state_dict(state_dict, self.param_groups, type(self).__name__)
         super().load_state_dict(state_dict)
         load_dtypes(state_dict, self.param_groups, self.state)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .groups import ParameterRole
 from .mars import Mars, plain_adamw, plain_rate, settings_among
-from .sharding import Replicas
+from .sharding import Ranks
 
 
 class MarsAdamW(Mars):
@@ -49,6 +49,9 @@ class MarsAdamW(Mars):
         state_dtype: dtype of "exp_avg" and "exp_avg_sq", likewise.
         kahan_sum: keep the rest that rounding drops from the updates of bfloat16 and float16 parameters, in one more
             tensor; None and True do, False does not.
+        skip_nonfinite: measure the gradients, for one read of them, and let a step change nothing where one of them is
+            not finite. Without it that happens where a norm is measured anyway: for `max_norm` (of the gradients that
+            have one), or by the caller (`skip_unless_finite`; a Trainer does).
         foreach: which of torch's AdamW kernels to use, as for `torch.optim.AdamW`; either value turns off this
             package's own kernels.
         fused: by default the step is fused where the device has such kernels: torch's for plain AdamW, this package's
@@ -83,6 +86,7 @@ class MarsAdamW(Mars):
         last_grad_dtype: torch.dtype | str | None = None,
         state_dtype: torch.dtype | str | None = None,
         kahan_sum: bool | None = None,
+        skip_nonfinite: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
@@ -157,10 +161,11 @@ class MarsShampoo(Mars):
         last_grad_dtype: torch.dtype | str | None = None,
         state_dtype: torch.dtype | str | None = None,
         kahan_sum: bool | None = None,
+        skip_nonfinite: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         roles: Mapping[Tensor, ParameterRole] | None = None,
-        process_group: Replicas | None = None,
+        process_group: Ranks | None = None,
     ):
         self._set_up(params, settings_among(locals()), roles)
         self.process_group = process_group

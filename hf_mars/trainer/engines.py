@@ -1,7 +1,4 @@
-"""Refuses engines that MARS does not work with, before training starts, and names what to use instead.
-
-FSDP1 and DeepSpeed give an optimizer flat slices, cut without regard to where one parameter ends and the next begins.
-"""
+"""Refuses engines that MARS does not work with, before training starts, and names what to use instead."""
 
 from __future__ import annotations
 
@@ -10,24 +7,27 @@ from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.utils import logging
 
-from ..optim import MarsShampoo
-from ..optim.mars import Mars
 from .defaults import mars_default
 from .names import optim_name
 
+logger = logging.get_logger(__name__)
 
-def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: dict[str, Any]) -> None:
+
+def check_engine(args: TrainingArguments, settings: dict[str, Any]) -> None:
     """Refuse an optimizer that would not be MARS under the engine that `args` and the launcher ask for.
+
+    Where DeepSpeed offloads the optimizer and the configuration does not say by which one, it is told to keep ours.
 
     Args:
         args: after their `__post_init__`, which reads the engines' configurations.
-        optimizer_cls: the class that `args.optim` names.
         settings: the optimizer's keyword arguments; the constructor's defaults where they are missing.
 
     Raises:
-        ValueError: FSDP1; DeepSpeed with MarsShampoo, with the clip, in exact mode, or with a configuration that
-            replaces the optimizer; several GPUs in one process in exact mode.
+        ValueError: FSDP1; Megatron-LM; DeepSpeed in exact mode, with offload to NVMe, with its tensor parallelism or
+            universal checkpoints, or with a configuration that replaces the optimizer; several GPUs in one process in
+            exact mode.
     """
     name = f"optim={optim_name(args)!r}"
     exact = settings.get("exact", mars_default("exact"))
@@ -36,9 +36,13 @@ def check_engine(args: TrainingArguments, optimizer_cls: type[Mars], settings: d
             f"{name} does not work with FSDP1, which gives the optimizer flat slices of the parameters; use FSDP2: "
             'fsdp_version: 2 in accelerate\'s configuration, or fsdp_config={"version": 2}'
         )
+    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            f"{name} does not work with Megatron-LM, which makes optimizers of its own for its pipeline and tensor "
+            "parallelism; use FSDP2 (fsdp_version: 2)"
+        )
     if args.deepspeed_plugin is not None:
-        max_norm = settings.get("max_norm", mars_default("max_norm"))
-        _check_deepspeed(name, args.deepspeed_plugin.hf_ds_config.config, optimizer_cls, exact, max_norm)
+        _check_deepspeed(name, args.deepspeed_plugin.hf_ds_config.config, exact)
     if exact and args.n_gpu > 1:
         raise ValueError(
             f"optim_args exact=true does not work with {args.n_gpu} GPUs in one process (torch.nn.DataParallel): the "
@@ -54,34 +58,67 @@ def _fsdp_version(args: TrainingArguments) -> int | None:
     return int(os.environ.get("FSDP_VERSION", "1")) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
 
 
-def _check_deepspeed(
-    name: str, config: dict[str, Any], optimizer_cls: type[Mars], exact: bool, max_norm: float | None
-) -> None:
+def _check_deepspeed(name: str, config: dict[str, Any], exact: bool) -> None:
     if "optimizer" in config:
         raise ValueError(
             f'the DeepSpeed configuration has an "optimizer" of its own, which would replace {name}: remove it there'
-        )
-    if issubclass(optimizer_cls, MarsShampoo):
-        raise ValueError(
-            f"{name} does not work with DeepSpeed, which gives the optimizer flat slices of the parameters, not "
-            "matrices; use FSDP2 (fsdp_version: 2), or mars_adamw or mars_lion"
         )
     if exact:
         raise ValueError(
             "optim_args exact=true does not work with DeepSpeed, whose backward is also its optimizer's step; use "
             "FSDP2 (fsdp_version: 2), DDP or exact=false"
         )
-    if max_norm is not None:
+    tensor_parallel = (config.get("tensor_parallel") or {}).get("autotp_size") or 1
+    if tensor_parallel != 1:
         raise ValueError(
-            f"{name} with max_norm={max_norm} does not work with DeepSpeed: the clip is one of single parameters, and "
-            "DeepSpeed gives the optimizer flat slices of many; turn it off: --optim_args max_norm=none "
-            "(max_grad_norm goes on clipping the gradient as a whole)"
+            f'{name} does not work with DeepSpeed\'s tensor parallelism ("autotp_size": {tensor_parallel!r}), whose '
+            "parameters are slices of matrices and do not say so; remove it there, or use FSDP2 (fsdp_version: 2)"
         )
-    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    device = offload.get("device", "none")
-    if device != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+    if (config.get("checkpoint") or {}).get("load_universal"):
         raise ValueError(
-            f"DeepSpeed's offload_optimizer (device {device!r}) would replace {name} by DeepSpeedCPUAdam; set "
-            '"zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration (for accelerate launch: in the file '
-            "that deepspeed_config_file names)"
+            f'{name} does not resume from DeepSpeed\'s universal checkpoints ("load_universal": true), which keep '
+            "Adam's two averages alone and would drop g_{t−1}; resume on as many processes as have saved, or use "
+            "FSDP2 (fsdp_version: 2), whose checkpoints resume on any number"
         )
+    zero = config.get("zero_optimization") or {}
+    if zero.get("zenflow"):
+        raise ValueError(
+            f'{name} does not work with DeepSpeed\'s "zenflow", which takes steps of AdamW; remove it from the '
+            "DeepSpeed configuration"
+        )
+    _check_offload(name, config, zero)
+
+
+def _check_offload(name: str, config: dict[str, Any], zero: dict[str, Any]) -> None:
+    """What DeepSpeed may move to CPUs and disks."""
+    settings = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
+    for key, offload in settings.items():
+        if offload.get("device") == "nvme":
+            raise ValueError(
+                f"{name} does not work with DeepSpeed's {key} to NVMe, which swaps the states of DeepSpeed's own "
+                'optimizers only; use "device": "cpu"'
+            )
+    offload = settings["offload_optimizer"]
+    device = offload.get("device") or "none"
+    if device == "none":
+        return
+    if offload.get("super_offload") or offload.get("ratio", 1.0) != 1.0:
+        key, value = ("super_offload", "true") if offload.get("super_offload") else ("ratio", offload["ratio"])
+        raise ValueError(
+            f'{name} does not work with "{key}": {value} in DeepSpeed\'s offload_optimizer, which takes steps of '
+            f"DeepSpeed's AdamW; remove it there"
+        )
+    _keep_optimizer(name, config, device)
+
+
+def _keep_optimizer(name: str, config: dict[str, Any], device: str) -> None:
+    """Offloading, DeepSpeed insists on an optimizer of its own unless it is told not to."""
+    key = "zero_force_ds_cpu_optimizer"
+    if config.get(key):
+        raise ValueError(
+            f'DeepSpeed\'s offload_optimizer (device {device!r}) with "{key}": true would not run {name}, only '
+            f"DeepSpeedCPUAdam: remove that line from the DeepSpeed configuration, or set it to false"
+        )
+    if key not in config:
+        config[key] = False
+        logger.info(f'DeepSpeed offloads to the CPU: "{key}" is set to false, so that {name} takes the steps there')

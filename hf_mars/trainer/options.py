@@ -83,6 +83,7 @@ OPTIONS = {
     "last_grad_dtype": _as_in_optimizer("last_grad_dtype", _or_none(str)),
     "state_dtype": _as_in_optimizer("state_dtype", _or_none(str)),
     "kahan_sum": _as_in_optimizer("kahan_sum", _or_none(_bool)),
+    "skip_nonfinite": _as_in_optimizer("skip_nonfinite", _bool),
     "foreach": _as_in_optimizer("foreach", _or_none(_bool)),
     "fused": _as_in_optimizer("fused", _or_none(_bool)),
 }
@@ -188,6 +189,9 @@ def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
     if "beta1_1d" in parsed or "beta2_1d" in parsed:
         beta1_1d, beta2_1d = mars_default("betas_1d")
         parsed["betas_1d"] = (parsed.pop("beta1_1d", beta1_1d), parsed.pop("beta2_1d", beta2_1d))
+    allowed, is_allowed = RANGES["lr"]
+    if not is_allowed(args.learning_rate):
+        raise ValueError(f"learning_rate must be {allowed}, got {args.learning_rate!r}")
     kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **parsed, **VARIANTS[name].fixed}
     check_hyperparameters(kwargs)
     return kwargs
@@ -214,7 +218,7 @@ def checked_settings(args: TrainingArguments) -> tuple[type[Mars], dict[str, Any
     """
     optimizer_cls = optimizer_class(optim_name(args))
     kwargs = hyperparameters(args)
-    check_engine(args, optimizer_cls, kwargs)
+    check_engine(args, kwargs)
     return optimizer_cls, kwargs
 
 

@@ -1,6 +1,6 @@
 """Makes MARS's names valid values of `TrainingArguments.optim` that every Trainer can use, by changing transformers.
 
-Four modules of transformers are changed, each when a script imports it (`on_import`): `import hf_mars` alone imports
+Five modules of transformers are changed, each when a script imports it (`on_import`): `import hf_mars` alone imports
 neither transformers nor torch. Functions that are put into them import the rest of this package when they are called.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from .on_import import when_imported, wrap_once
 from .versions import check_transformers
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
     from transformers.trainer_optimizer import OptimizerContext
@@ -38,11 +40,12 @@ def register() -> None:
     when_imported("transformers.training_args", _add_names)
     when_imported("transformers.trainer_optimizer", _add_handlers)
     when_imported("transformers.modelcard", _describe_in_cards)
+    when_imported("transformers.trainer", _add_to_trainer)
 
 
 def diagnose_every_trainer() -> None:
     """Give each Trainer made from now on a `MarsDiagnosticsCallback`, before its reporters."""
-    when_imported("transformers.trainer", _add_callback)
+    when_imported("transformers.trainer", _add_to_trainer_with_diagnostics)
 
 
 def log_every_trainer() -> None:
@@ -164,12 +167,91 @@ def _with_mars(extract: Callable[[Trainer], dict[str, Any]]) -> Callable[[Traine
     return extract_with_mars
 
 
-# ---- transformers.trainer: diagnostics in every Trainer, where they are asked for ----
+# ---- transformers.trainer: saving, resuming; diagnostics in every Trainer, where they are asked for ----
 
 
-def _add_callback(trainer: ModuleType) -> None:
+def _add_to_trainer(trainer: ModuleType) -> None:
+    wrap_once(trainer, "rotate_checkpoints", _after_saving)
+    wrap_once(trainer.Trainer, "create_optimizer", _remembered)
+    wrap_once(trainer.Trainer, "_load_optimizer_and_scheduler", _with_settings_given)
+    wrap_once(trainer.Trainer, "_clip_grad_norm", _checked)
+    wrap_once(trainer.Trainer, "_get_grad_norm", _told)
+
+
+def _after_saving(rotate: Callable[..., None]) -> Callable[..., None]:
+    """Delete no old checkpoint as long as one is being saved: MarsTrainer deletes when it is whole."""
+
+    def rotate_after_saving(output_dir: str, *args: Any, **kwargs: Any) -> None:
+        from .checkpoint_saving import being_saved
+
+        if Path(output_dir) not in being_saved:
+            rotate(output_dir, *args, **kwargs)
+
+    return rotate_after_saving
+
+
+def _remembered(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Note how a MARS optimizer was made from its name, but for one that the user has made."""
+
+    def create_and_remember(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        optimizer = create(self, *args, **kwargs)
+        if is_new and mars_name(self.args) is not None:
+            from .resuming import remember
+
+            remember(optimizer, self.args)
+        return optimizer
+
+    return create_and_remember
+
+
+def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
+    """Settings that the arguments give take effect after a checkpoint is loaded."""
+
+    def load_then_apply(self: Trainer, checkpoint: str | None) -> None:
+        load(self, checkpoint)
+        if checkpoint is not None and mars_name(self.args) is not None:
+            from .resuming import apply_given
+
+            apply_given(self)
+
+    return load_then_apply
+
+
+def _checked(clip: Callable[..., Any]) -> Callable[..., Any]:
+    """Look at the gradients of logged steps before they are clipped."""
+
+    def check_and_clip(self: Trainer, model: nn.Module) -> Any:
+        if mars_name(self.args) is not None:
+            from .skipping import check_finite
+
+            check_finite(self, model)
+        return clip(self, model)
+
+    return check_and_clip
+
+
+def _told(get_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell the optimizer the norm of its gradients, by which it skips a step with one that is not finite."""
+
+    def get_norm_and_tell(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
+        if mars_name(self.args) is None or self.is_deepspeed_enabled:
+            return get_norm(self, model, grad_norm=grad_norm)  # DeepSpeed has taken its step by now
+        from .skipping import check_finite, tell_norm
+
+        if grad_norm is None:  # it was not clipped
+            check_finite(self, model)
+        norm = get_norm(self, model, grad_norm=grad_norm)
+        tell_norm(self, norm)
+        return norm
+
+    return get_norm_and_tell
+
+
+def _add_to_trainer_with_diagnostics(trainer: ModuleType) -> None:
     from .callbacks import MarsDiagnosticsCallback
 
+    _add_to_trainer(trainer)
     if MarsDiagnosticsCallback not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)
 

@@ -2,8 +2,8 @@
 
 import pytest
 from engine_helpers import (
+    APPROX,
     NEEDS_DEEPSPEED,
-    UNCLIPPED,
     ZERO,
     a_run,
     check_resumed,
@@ -16,31 +16,40 @@ from engine_helpers import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
+RESUMED = [name for name in APPROX if name.endswith("approx")]
+
+
 @pytest.fixture(scope="module")
 def alone(launches):
     """Of the settings that DeepSpeed takes."""
-    return {name: launches.alone(name) for name in UNCLIPPED}
+    return {name: launches.alone(name) for name in APPROX}
 
 
 @pytest.fixture(scope="module")
 def deepspeed(launches):
-    runs = []
-    for name in UNCLIPPED:
-        for zero in ZERO:
+    """A launch per stage."""
+    results = {}
+    for zero in ZERO:
+        runs = []
+        for name in APPROX:
             run = a_run(name, "deepspeed", 2, label=f"{name} {zero}", zero=zero)
-            runs += [run, resumed(run, launches.checkpoint("deepspeed", f"{name} {zero}"))]
-            if name == UNCLIPPED[0]:
-                runs.append(finished(run, launches.checkpoint("deepspeed", f"{name} {zero}", 6)))
-        runs.append(a_run(name, "deepspeed", 2, label=f"{name} Trainer", zero="stage 1", trainer="Trainer"))
-    return launches.together("deepspeed", "deepspeed", 2, runs, DS_ACCELERATOR="cpu")
+            runs.append(run)
+            if name in RESUMED:
+                runs.append(resumed(run, launches.checkpoint(zero, run["name"])))
+            if name == APPROX[0]:
+                runs.append(finished(run, launches.checkpoint(zero, run["name"], 6)))
+            if zero == "stage 1":
+                runs.append(a_run(name, "deepspeed", 2, label=f"{name} Trainer", zero=zero, trainer="Trainer"))
+        results.update(launches.together(zero, "deepspeed", 2, runs, DS_ACCELERATOR="cpu"))
+    return results
 
 
-UNCLIPPED_SETTINGS = pytest.mark.parametrize("name", UNCLIPPED)
+EVERY_APPROX = pytest.mark.parametrize("name", APPROX)
 EVERY_STAGE = pytest.mark.parametrize("zero", ZERO)
 
 
 @NEEDS_DEEPSPEED
-@UNCLIPPED_SETTINGS
+@EVERY_APPROX
 @EVERY_STAGE
 def test_zero_equals_one_process(name, zero, deepspeed, alone):
     """Flat slices of groups, which the groups' kinds tell apart; in stage 3 the model is made in shards."""
@@ -50,7 +59,7 @@ def test_zero_equals_one_process(name, zero, deepspeed, alone):
 
 
 @NEEDS_DEEPSPEED
-@UNCLIPPED_SETTINGS
+@pytest.mark.parametrize("name", RESUMED)
 @EVERY_STAGE
 def test_zero_resumes(name, zero, deepspeed):
     check_resumed(deepspeed[f"{name} {zero} resumed"], deepspeed[f"{name} {zero}"], tolerance=0)
@@ -59,12 +68,12 @@ def test_zero_resumes(name, zero, deepspeed):
 @NEEDS_DEEPSPEED
 @EVERY_STAGE
 def test_zero_leaves_a_finished_run_as_it_is(zero, deepspeed):
-    run = f"{UNCLIPPED[0]} {zero}"
+    run = f"{APPROX[0]} {zero}"
     check_same_numbers(deepspeed[f"{run} finished"], deepspeed[run], tolerance=0, steps=0)
 
 
 @NEEDS_DEEPSPEED
-@UNCLIPPED_SETTINGS
+@EVERY_APPROX
 @pytest.mark.parametrize("zero", ["stage 1"])
 def test_zero_with_the_stock_trainer(name, zero, deepspeed):
     check_same_numbers(deepspeed[f"{name} Trainer"], deepspeed[f"{name} {zero}"], tolerance=0)

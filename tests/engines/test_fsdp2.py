@@ -2,11 +2,11 @@
 
 import pytest
 from engine_helpers import (
+    APPROX,
     EVERY_SETTING,
     SETTINGS,
     STATE_DICTS,
     STOCK,
-    UNCLIPPED,
     a_run,
     check_resumed,
     check_same_numbers,
@@ -38,7 +38,7 @@ def fsdp2(launches, fsdp2_of_one):
             run = a_run(name, "fsdp2", 2, label=label, state_dict=state_dict)
             grown = resumed(run, launches.checkpoint("fsdp2_of_one", label), "grown")
             runs += [run, resumed(run, launches.checkpoint("fsdp2", label)), grown]
-            if name == UNCLIPPED[0]:
+            if name == APPROX[0]:
                 runs.append(finished(run, launches.checkpoint("fsdp2", label, 6)))
     runs += [a_run(name.removesuffix(" Trainer"), "fsdp2", 2, label=name, trainer="Trainer") for name in STOCK]
     return launches.together("fsdp2", "fsdp2", 2, runs)
@@ -88,5 +88,5 @@ def test_fsdp2_resumes_on_another_number_of_processes(name, state_dict, fsdp2, f
 
 @EVERY_STATE_DICT
 def test_fsdp2_leaves_a_finished_run_as_it_is(state_dict, fsdp2):
-    run = f"{UNCLIPPED[0]} {state_dict}"
+    run = f"{APPROX[0]} {state_dict}"
     check_same_numbers(fsdp2[f"{run} finished"], fsdp2[run], tolerance=0, steps=0)

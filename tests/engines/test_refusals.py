@@ -1,9 +1,10 @@
 """What the engines refuse, in the words that docs/distributed.md quotes."""
 
+import logging
 import re
 
 import pytest
-from engine_helpers import NEEDS_DEEPSPEED, OFFLOAD
+from engine_helpers import NEEDS_DEEPSPEED
 from helpers import tiny_gpt2
 from launch_helpers import ROOT
 from transformers import Trainer, TrainingArguments
@@ -54,45 +55,79 @@ def deepspeed_refuses(make_arguments, *parts, zero=1, config=(), **settings):
 @NEEDS_DEEPSPEED
 @ARGUMENTS
 @pytest.mark.parametrize("zero", [1, 2, 3])
-@FORMS
-@pytest.mark.parametrize("optim", ["mars_shampoo", "mars_m"])
-def test_deepspeed_refuses_shampoo(cls, zero, optim_args, optim, make_arguments):
-    parts = [f"optim={optim!r}", "use FSDP2 (fsdp_version: 2)"]
-    deepspeed_refuses(make_arguments, *parts, cls=cls, zero=zero, optim=optim, optim_args=optim_args)
+@pytest.mark.parametrize("optim", VARIANTS)
+def test_deepspeed_refuses_exact_mode(cls, zero, optim, make_arguments):
+    deepspeed_refuses(make_arguments, "exact=true", cls=cls, zero=zero, optim=optim, optim_args="exact=true")
 
 
 @NEEDS_DEEPSPEED
-@ARGUMENTS
-@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
-def test_deepspeed_refuses_the_clip(cls, optim, make_arguments):
-    parts = [f"optim={optim!r} with max_norm=0.5", "--optim_args max_norm=none"]
-    deepspeed_refuses(make_arguments, *parts, cls=cls, optim=optim, optim_args="max_norm=0.5")
+def test_deepspeed_refuses_tensor_parallelism(make_arguments):
+    config = {"tensor_parallel": {"autotp_size": 2}}
+    deepspeed_refuses(make_arguments, '"autotp_size": 2', "FSDP2", config=config, optim="mars_m")
 
 
 @NEEDS_DEEPSPEED
-@ARGUMENTS
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
-def test_deepspeed_takes_the_defaults(cls, zero, optim, make_arguments):
-    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": zero}}
-    make_arguments(cls, optim=optim, deepspeed=config)
-
-
-@NEEDS_DEEPSPEED
-@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
-def test_deepspeed_refuses_exact_mode(optim, make_arguments):
-    deepspeed_refuses(make_arguments, "exact=true", optim=optim, optim_args="exact=true,max_norm=none")
-
-
-@NEEDS_DEEPSPEED
-@pytest.mark.parametrize("optim", ["mars_adamw", "mars_lion"])
+@pytest.mark.parametrize("optim", VARIANTS)
 def test_deepspeed_does_not_replace_the_optimizer(optim, make_arguments):
-    settings = {"optim": optim, "optim_args": "max_norm=none"}
     adam = {"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
-    deepspeed_refuses(make_arguments, '"optimizer"', f"optim={optim!r}", config=adam, **settings)
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    parts = ["DeepSpeedCPUAdam", '"zero_force_ds_cpu_optimizer": false', "deepspeed_config_file"]
-    deepspeed_refuses(make_arguments, *parts, config=offload, **settings)
+    deepspeed_refuses(make_arguments, '"optimizer"', f"optim={optim!r}", config=adam, optim=optim)
+
+
+def offloading(device, ratio=1.0, **more):
+    return {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device, "ratio": ratio}}, **more}
+
+
+@NEEDS_DEEPSPEED
+def test_offloading_keeps_the_optimizer(make_arguments, caplog):
+    """DeepSpeed would insist on DeepSpeedCPUAdam; it is told not to, unless the user told it to."""
+    config = {"train_micro_batch_size_per_gpu": 8, **offloading("cpu")}
+    transformers_logger = logging.getLogger("hf_mars.trainer.engines")
+    with caplog.at_level(logging.INFO, transformers_logger.name):
+        args = make_arguments(optim="mars_m", deepspeed=config)
+    assert args.hf_deepspeed_config.config["zero_force_ds_cpu_optimizer"] is False
+    assert config == {"train_micro_batch_size_per_gpu": 8, **offloading("cpu")}
+    key = '"zero_force_ds_cpu_optimizer"'
+    assert [record.message for record in caplog.records if key in record.message] == [
+        f"DeepSpeed offloads to the CPU: {key} is set to false, so that optim='mars_m' takes the steps there"
+    ]
+    forced = offloading("cpu", zero_force_ds_cpu_optimizer=True)
+    deepspeed_refuses(make_arguments, "DeepSpeedCPUAdam", f"{key}: true", config=forced, optim="mars_m")
+
+
+@NEEDS_DEEPSPEED
+def test_deepspeed_refuses_nvme(make_arguments):
+    deepspeed_refuses(make_arguments, "NVMe", '"device": "cpu"', config=offloading("nvme"), optim="mars_adamw")
+    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "disk"}}}
+    deepspeed_refuses(make_arguments, "NVMe", "offload_param", config=config, optim="mars_adamw")
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("key, value", [("ratio", 0.3), ("super_offload", True)])
+def test_deepspeed_does_not_take_part_of_the_steps(key, value, make_arguments):
+    """By an AdamW of its own, beside ours."""
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", key: value}}}
+    deepspeed_refuses(make_arguments, f'"{key}"', "AdamW", config=config, optim="mars_lion")
+    config["zero_optimization"]["offload_optimizer"].update(ratio=1.0, super_offload=False)
+    make_arguments(optim="mars_lion", deepspeed={"train_micro_batch_size_per_gpu": 8, **config})
+
+
+@NEEDS_DEEPSPEED
+def test_deepspeed_refuses_zenflow(make_arguments):
+    config = {"zero_optimization": {**offloading("cpu")["zero_optimization"], "zenflow": {"topk_ratio": 0.1}}}
+    deepspeed_refuses(make_arguments, '"zenflow"', config=config, optim="mars_adamw")
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("optim", VARIANTS)
+def test_universal_checkpoints_are_refused(optim, make_arguments):
+    config = {"checkpoint": {"load_universal": True}}
+    deepspeed_refuses(make_arguments, '"load_universal": true', "g_{t−1}", config=config, optim=optim)
+
+
+def test_megatron_is_refused(make_arguments):
+    """`accelerate launch --use_megatron_lm`, which is how to come by pipeline parallelism."""
+    environment = {"ACCELERATE_USE_MEGATRON_LM": "true"}
+    refused(make_arguments, "Megatron-LM", "pipeline", "FSDP2", environment=environment, optim="mars_m")
 
 
 @NEEDS_DEEPSPEED
@@ -106,7 +141,7 @@ def test_null_in_a_deepspeed_configuration(zero, make_arguments):
 def test_deepspeed_of_the_launcher_is_refused_likewise(make_arguments):
     """`accelerate launch --use_deepspeed --zero_stage 2`; no DeepSpeed in the arguments."""
     environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-    refused(make_arguments, "DeepSpeed", "use FSDP2", environment=environment, optim="mars_m")
+    refused(make_arguments, "DeepSpeed", "use FSDP2", environment=environment, optim="mars_m", optim_args="exact=true")
 
 
 @NEEDS_DEEPSPEED
@@ -114,8 +149,8 @@ def test_deepspeed_of_the_launcher_is_refused_likewise(make_arguments):
 def test_engines_are_checked_again_when_training_starts(trainer, make_arguments):
     """Arguments may have changed since they were made."""
     config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}
-    args = make_arguments(optim="mars_adamw", optim_args="max_norm=none", deepspeed=config)
-    args.optim = "mars_shampoo"
+    args = make_arguments(optim="mars_adamw", deepspeed=config)
+    args.optim_args = "exact=true"
     with pytest.raises(ValueError, match="FSDP2"):
         trainer.get_optimizer_cls_and_kwargs(args, tiny_gpt2())
 
@@ -131,15 +166,30 @@ def test_exact_mode_with_several_gpus_in_one_process_is_refused(optim, make_argu
 ZERO_2 = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}
 REFUSED = {
     "FSDP1": {"optim": "mars_adamw", "fsdp": True, "fsdp_config": {"version": 1}},
-    "DeepSpeed, mars_shampoo or mars_m": {"optim": "mars_shampoo", "deepspeed": ZERO_2},
-    "DeepSpeed, the clip": {"optim": "mars_adamw", "optim_args": "max_norm=1.0", "deepspeed": ZERO_2},
     "DeepSpeed, exact": {"optim": "mars_lion", "optim_args": "exact=true", "deepspeed": ZERO_2},
-    "DeepSpeed, offload": {
+    "DeepSpeed, offload by its own optimizer": {
         "optim": "mars_lion",
-        "optim_args": "max_norm=none",
-        "deepspeed": {**ZERO_2, "zero_optimization": OFFLOAD},
+        "deepspeed": {**ZERO_2, **offloading("cpu", zero_force_ds_cpu_optimizer=True)},
+    },
+    "DeepSpeed, offload to NVMe": {"optim": "mars_lion", "deepspeed": {**ZERO_2, **offloading("nvme")}},
+    "DeepSpeed, tensor parallelism": {
+        "optim": "mars_m",
+        "deepspeed": {**ZERO_2, "tensor_parallel": {"autotp_size": 2}},
+    },
+    "DeepSpeed, a part offloaded": {
+        "optim": "mars_lion",
+        "deepspeed": {**ZERO_2, **offloading("cpu", ratio=0.5)},
+    },
+    "DeepSpeed, ZenFlow": {
+        "optim": "mars_m",
+        "deepspeed": {**ZERO_2, "zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+    },
+    "DeepSpeed, universal checkpoint": {
+        "optim": "mars_m",
+        "deepspeed": {**ZERO_2, "checkpoint": {"load_universal": True}},
     },
     "DeepSpeed, its optimizer": {"optim": "mars_lion", "deepspeed": {**ZERO_2, "optimizer": {"type": "AdamW"}}},
+    "Megatron-LM": {"optim": "mars_m"},
     "DataParallel, exact": {"optim": "mars_lion", "optim_args": "exact=true"},
 }
 
@@ -149,6 +199,8 @@ REFUSED = {
 def test_the_documented_errors_are_the_printed_ones(asked_for, make_arguments, monkeypatch):
     if asked_for.startswith("DataParallel"):
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    if asked_for == "Megatron-LM":
+        monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     document = (ROOT / "docs" / "distributed.md").read_text()
     (documented,) = re.findall(rf"^\| {asked_for} \| `(.*)` \|$", document, re.MULTILINE)
     with pytest.raises(ValueError) as error:

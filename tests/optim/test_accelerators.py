@@ -93,7 +93,8 @@ def test_lion_holds_the_signs_of_a_piece_of_the_parameters(max_norm):
     with Largest() as largest:
         optimizer.step()
     assert largest.elements["_foreach_sign"] == piece
-    assert largest.elements.get("_foreach_lerp", piece) == piece
+    if max_norm is None:  # with the clip, c_t is a copy of its own while the step may still be skipped
+        assert largest.elements["_foreach_lerp"] == piece
 
 
 @with_gpu

@@ -164,8 +164,10 @@ def test_one_odd_gradient_keeps_none_of_the_others_from_the_kernels(method, call
 
 @EVERY_FUSED
 def test_groups_with_equal_settings_are_launched_together(method, monkeypatch):
-    launches, original = [], launch.launch
-    monkeypatch.setattr(launch, "launch", lambda *args: (launches.append(len(args[3].places)), original(*args)))
+    launches, measure = [], launch.Launch.measure
+    monkeypatch.setattr(
+        launch.Launch, "measure", lambda self, *args: (launches.append(len(self._table.places)), measure(self, *args))
+    )
     params = GPU.params([(4, 3), (3, 5), (5, 4), (2, 2)])
     gradients = GPU.gradients(params, 3, scales=(1e-3, 1.0))
     decays = (0.1, 0.0, 0.1, 0.0)
@@ -245,16 +247,14 @@ def test_dividing_by_nothing_writes_nothing(bad):
 def test_replicas_take_the_same_way(calls, monkeypatch):
     """Where the kernels of one rank do not run, none takes them."""
     asked = []
-    monkeypatch.setattr(gpu, "all_agree", lambda own, group, device: (asked.append(own), False)[1])
+    monkeypatch.setattr(gpu, "all_ranks_can", lambda what, able, *_: (asked.append((what, able)), False)[1])
     logged = set()
     monkeypatch.setattr("hf_mars.optim.execution._logged", logged)
-    gpu._run_on_all.cache_clear()
     params = GPU.params([(5, 4), (6, 5)])
     settings = {"max_norm": 1.0, "process_group": Alone()}
     optimizer = MarsShampoo([{"params": params[:1], "kind": "embedding"}, {"params": params[1:]}], **settings)
     run_steps(optimizer, params, GPU.gradients(params, 3))
-    gpu._run_on_all.cache_clear()
-    assert not calls and asked == [True]
+    assert not calls and asked == [("Triton kernels", True)] * 3
     assert any("Triton does not work on another rank" in message for message in logged)
 
 
@@ -286,13 +286,13 @@ def anew():
 
 @pytest.mark.parametrize("wrong", ["parameter", "moving average", "moving average of squares", "last gradient"])
 def test_kernels_that_compute_something_else_are_not_used(wrong, anew, calls, monkeypatch):
-    take = launch.take
+    differs = trial.what_differs
 
-    def off(kernels, batches, last_norms):
-        take(kernels, batches, last_norms)
-        trial._results(batches[0])[wrong][1].view(-1)[-1].add_(1e-3)
+    def off(batch, expected):
+        trial._results(batch)[wrong][1].view(-1)[-1].add_(1e-3)
+        return differs(batch, expected)
 
-    monkeypatch.setattr(launch, "take", off)
+    monkeypatch.setattr(trial, "what_differs", off)
     (param,) = GPU.params([(4, 3)])
     with pytest.warns(UserWarning, match=f"compute another {wrong} than torch's kernels"):
         run_steps(make("mars_adamw", [param]), [param], GPU.gradients([param], 1))

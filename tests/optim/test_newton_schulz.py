@@ -121,7 +121,8 @@ def test_two_steps_at_once_are_no_rougher_in_bfloat16(decay, monkeypatch):
     u, s, v = with_singular_values(sigma, 64, 256)
     matrix = (u @ s.diag() @ v.T).float()
     exact = reference.newton_schulz(matrix.double(), 5)
-    monkeypatch.setattr(module, "_iteration_dtype", lambda x: torch.bfloat16)
+    monkeypatch.setattr(module, "CPU_HAS_BFLOAT16_UNITS", True)
+    monkeypatch.setattr(module, "MIN_BFLOAT16", 1)
     errors = {}
     for wide in (2, 1000):
         monkeypatch.setattr(module, "WIDE", wide)
@@ -157,7 +158,10 @@ def test_float16_does_as_well_as_bfloat16(decay, scale, monkeypatch):
     exact = reference.newton_schulz(matrix, 5)
     errors = {}
     for dtype in (torch.float16, torch.bfloat16):
-        monkeypatch.setattr(module, "_iteration_dtype", lambda x, dtype=dtype: dtype)
+        is_half = dtype == torch.float16
+        monkeypatch.setattr(module, "_takes_float16", lambda x, is_half=is_half: is_half)
+        monkeypatch.setattr(module, "CPU_HAS_BFLOAT16_UNITS", not is_half)
+        monkeypatch.setattr(module, "MIN_BFLOAT16", 1)
         errors[dtype] = ((newton_schulz((scale * matrix).float()).double() - exact).norm() / exact.norm()).item()
     assert errors[torch.float16] < 0.5 * errors[torch.bfloat16] < 0.1
 

@@ -66,19 +66,27 @@ def kernel_cases(dtype):
     bounds, rates = numbers("kappa", "max_norm"), numbers("beta1", "beta2", "lr", "max_norm")
     known = {"knowledge": "*i32"}
     results = floats("clip_factors", "step_sizes", "inverse_root_bias2")
-    sums = floats("sums_of_g", "sums_of_c")
+    sums = {"sums_of_g": "*fp64", "sums_of_c": "*fp64"}
     yield norms.measure, of_block | bounds | floats("prev_norms") | sums, wide | read | {"CORRECTED": True} | lanes
-    yield norms.judge, of_tensor | bounds | floats("prev_norms", "sums_of_g", "norms_of_g") | known, wide | reduced
-    rest = of_tensor | {"n": "i32"} | numbers("kappa") | known | floats("sums_of_c")
+    yield (
+        norms.judge,
+        of_tensor | bounds | floats("prev_norms", "norms_of_g") | {"sums_of_g": "*fp64"} | known,
+        wide | reduced,
+    )
+    rest = of_tensor | {"n": "i32"} | numbers("kappa") | known | {"sums_of_c": "*fp64"}
     yield norms.measure_rest, rest, wide | read | lanes | reduced
-    flags = {"CORRECTED": True, "CLIPS": True, "IS_ADAMW": True}
-    yield norms.prepare, of_tensor | rates | known | sums | results, wide | reduced | flags
+    flags = {"CORRECTED": True, "CLIPS": True, "RAISES": True, "IS_ADAMW": True}
+    yield norms.prepare, of_tensor | rates | known | sums | results | floats("flag"), wide | reduced | flags
     for is_adamw in (True, False):
         compensated = dtype == tl.bfloat16
         flags = {"CORRECTED": True, "KEEPS_LAST_GRAD": True, "CLIPS": True, "IS_ADAMW": is_adamw}
         types = {"X_DTYPE": dtype, "M_DTYPE": dtype, "V_DTYPE": dtype, "COMPENSATED": compensated}
         hyperparameters = numbers("kappa", "beta1", "beta2", "eps", "gamma", "lr", "decay")
-        yield update.update, of_block | hyperparameters | results, wide | read | lanes | flags | types
+        yield (
+            update.update,
+            of_block | hyperparameters | results | floats("flag", "norms_of_g"),
+            wide | read | lanes | flags | types,
+        )
     yield norms.divide, of_block | floats("divisors"), wide | {"DTYPE": dtype} | lanes
 
 

@@ -95,7 +95,7 @@ def test_other_optimizers_are_left_alone(tmp_path):
 
 
 def test_arguments_out_of_range_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"lr must be a number >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"learning_rate must be a number >= 0, got -1"):
         TrainingArguments(output_dir=str(tmp_path), optim="mars_lion", learning_rate=-1.0)
 
 

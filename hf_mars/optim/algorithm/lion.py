@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .correction import momentum
+from .correction import momentum, move
 
 
 def lion(
@@ -19,21 +19,19 @@ def lion(
     beta1: float,
     weight_decay: float,
     gamma: float,
+    flag: Tensor | None = None,
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( sign(m_t) + λ x ).
 
-    Modifies the parameters and `exp_avgs`; not `c`. `gamma` is for `correction.momentum`.
+    Where c̃_t is not finite, m stays as it is: sign(NaN) is 0, and a NaN would stop the entry for ever, without a sign.
+
+    Modifies the parameters and `exp_avgs`; not `c`. `gamma` is for `correction.momentum`, `flag` for
+    `correction.move`.
     """
     for x, e, c_piece in pieces_of(params, exp_avgs, c):
-        m = momentum(e, c_piece, beta1=beta1, gamma=gamma)
-        if weight_decay:
-            torch._foreach_mul_(x, 1 - lr * weight_decay)
-        signs = torch._foreach_sign(m)
-        if isinstance(lr, Tensor):
-            torch._foreach_mul_(signs, lr)
-            torch._foreach_sub_(x, signs)
-        else:
-            torch._foreach_add_(x, signs, alpha=-lr)
+        finite = [torch.where(own.isfinite(), own, average) for own, average in zip(c_piece, e, strict=True)]
+        m = momentum(e, finite, beta1=beta1, gamma=gamma)
+        move(x, list(torch._foreach_sign(m)), rates=[lr] * len(x), decay=1 - lr * weight_decay, flag=flag)
 
 
 # Elements of a piece: three float32 pieces and a temporary one fit a core's cache, and Python's share stays small.

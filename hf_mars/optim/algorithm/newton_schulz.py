@@ -27,18 +27,21 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     cannot), and so do CPUs with bfloat16 units from MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to
     six times (AMX) faster. Other CPUs compute in float32. float64 stays float64.
     """
-    return orthogonalize([matrix], steps)[0]
+    return orthogonalize([matrix], steps)[0].to(matrix.dtype)
 
 
 def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor]:
     """The same for tensors of one shape (…, m, n), m ≤ n, in batched products: fewer launches, busier cores."""
     x = torch.stack(matrices)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    # Rounded before all else, so that matrices may be sent in bfloat16. float16's range wants unit norm first.
+    x = x.to(torch.bfloat16 if has_bfloat16(x) and in_bfloat16(x.shape, x) else dtype)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
-    x = x.to(_iteration_dtype(x))
+    if _takes_float16(x):
+        x = x.half()
 
     x = x.flatten(0, -3)
     pairs = steps // 2 if x.shape[-1] >= WIDE * x.shape[-2] else 0
@@ -46,7 +49,7 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
         x = _two_steps(x)
     for _ in range(steps - 2 * pairs):
         x = _one_step(x)
-    return [y.to(matrices[0].dtype) for y in x.view(len(matrices), *matrices[0].shape)]
+    return list(x.view(len(matrices), *matrices[0].shape))
 
 
 def _one_step(x: Tensor) -> Tensor:
@@ -87,13 +90,17 @@ CPU_HAS_BFLOAT16_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx
 MIN_BFLOAT16 = 128
 
 
-def _iteration_dtype(matrix: Tensor) -> torch.dtype:
-    if matrix.dtype == torch.float64:
-        return torch.float64
-    if matrix.is_cpu:
-        has_units = CPU_HAS_BFLOAT16_UNITS and min(matrix.shape[-2:]) >= MIN_BFLOAT16
-        return torch.bfloat16 if has_units else torch.float32
-    return _accelerators_dtype(matrix.device)
+def has_bfloat16(like: Tensor) -> bool:
+    """Whether the device of `like` has units for products in bfloat16."""
+    return CPU_HAS_BFLOAT16_UNITS if like.is_cpu else _accelerators_dtype(like.device) == torch.bfloat16
+
+
+def in_bfloat16(shape: torch.Size, like: Tensor) -> bool:
+    """Whether matrices of shape (…, m, n) take the iteration in bfloat16 where there are such units.
+
+    `like` has their dtype and device.
+    """
+    return like.dtype != torch.float64 and (not like.is_cpu or min(shape[-2:]) >= MIN_BFLOAT16)
 
 
 @functools.cache
@@ -111,6 +118,11 @@ def _accelerators_dtype(device: torch.device) -> torch.dtype:
         major, _ = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
     return torch.bfloat16
+
+
+def _takes_float16(matrix: Tensor) -> bool:
+    is_half = not matrix.is_cpu and _accelerators_dtype(matrix.device) == torch.float16
+    return is_half and matrix.dtype != torch.float64
 
 
 def orthogonalize_svd(matrix: Tensor) -> Tensor:
@@ -136,7 +148,8 @@ def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
         steps: Newton–Schulz iterations; None takes the singular value decomposition.
 
     Returns:
-        Their (approximate) orthogonal polar factors, in the given order.
+        Their (approximate) orthogonal polar factors, in the given order; those of the iteration in the dtype in which
+        it computes.
     """
     if steps is None:
         return [orthogonalize_svd(x) for x in matrices]

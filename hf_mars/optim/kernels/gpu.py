@@ -26,9 +26,10 @@ from ..batch import Batch
 from ..host import is_captured
 from ..last_grad import LastNorms
 from ..precision import needs_wide_copies
-from ..sharding import Replicas, all_agree, is_one_of_several
-from . import launch
-from .launch import Kernels
+from ..sharding import all_ranks_can, is_one_of_several
+from ..skipping import Skip
+from .launch import Kernels, Launch, launches_of
+from .launch import divide as divide_by_launch
 from .plan import BLOCK, DTYPES, plan_of
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,9 @@ def _tried(kernels: Kernels, device: torch.device) -> Kernels:
     from .trial import trial_batch, what_differs  # with the composition's formulas, which only this needs
 
     batch, expected = trial_batch(device, BLOCK)
-    launch.take(kernels, [batch], LastNorms())
+    for launch in launches_of(kernels, [batch], LastNorms()):
+        launch.measure(None)
+        launch.update(None)
     differs = what_differs(batch, expected)
     if differs is not None:
         raise ArithmeticError(f"they compute another {differs} than torch's kernels do")
@@ -112,23 +115,16 @@ def split(batch: Batch) -> tuple[Batch | None, Batch | None, str | None]:
     if plan.why_not is not None:
         return None, batch, plan.why_not
     device = batch.params[0].device
-    if kernels_for(device) is None:
-        return None, batch, "Triton does not work there (a warning says why)"
-    if batch.replicas is not None and not _run_on_all(batch.replicas, device):
-        return None, batch, "Triton does not work on another rank (a warning there says why)"
+    runs_here = kernels_for(device) is not None
+    groups = [] if batch.replicas is None else [batch.replicas]
+    # Kernels and composition differ by rounding: replicas that take different ones drift apart.
+    if not all_ranks_can("Triton kernels", runs_here, groups, device):
+        where = "on another rank (a warning there says why)" if runs_here else "there (a warning says why)"
+        return None, batch, f"Triton does not work {where}"
     if not plan.left:
         return batch, None, None
     why_not = f"of {len(plan.left)} parameters not all tensors lie in memory alike and without gaps"
     return (batch.subset(plan.taken) if plan.taken else None), batch.subset(plan.left), why_not
-
-
-@functools.cache
-def _run_on_all(replicas: Replicas, device: torch.device) -> bool:
-    """Whether the kernels run on all ranks of `replicas`; asked once, since all of them step alike.
-
-    Kernels and composition differ by rounding: replicas that take different ones drift apart.
-    """
-    return all_agree(kernels_for(device) is not None, replicas, device)
 
 
 def _why_not(batch: Batch) -> str | None:
@@ -150,11 +146,29 @@ def _why_not(batch: Batch) -> str | None:
     return None
 
 
-def step(batches: list[Batch], last_norms: LastNorms) -> None:
-    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, as `execution.Execution` says."""
+def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[Launch]:
+    """The clip's norms, which also say whether a gradient is not finite; see `execution.Execution`."""
     kernels = kernels_for(batches[0].params[0].device)
     assert kernels is not None
-    launch.take(kernels, batches, last_norms)
+    launches = launches_of(kernels, batches, last_norms)
+    flags: dict[torch.device, Tensor] = {}
+    for launch in launches:
+        flag = None
+        if launch.group["max_norm"] is not None and not skip.covers(launch.group):
+            if launch.device not in flags:  # one per device
+                flags[launch.device] = torch.zeros((), dtype=torch.float32, device=launch.device)
+            flag = flags[launch.device]
+        launch.measure(flag)
+    for flag in flags.values():
+        skip.add_flag(flag)
+    return launches
+
+
+def step(batches: list[Batch], measured: list[Launch], last_norms: LastNorms, skip: Skip) -> None:
+    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; see `execution.Execution`."""
+    for launch in measured:
+        launch.update(skip.flag(launch.device))
+        launch.remember(last_norms)
 
 
 def divides(tensors: list[Tensor]) -> bool:
@@ -177,4 +191,4 @@ def divide(tensors: list[Tensor], divisors: Tensor) -> None:
     """
     kernels = kernels_for(tensors[0].device)
     assert kernels is not None
-    launch.divide(kernels, tensors, divisors)
+    divide_by_launch(kernels, tensors, divisors)

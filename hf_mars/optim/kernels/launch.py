@@ -32,115 +32,152 @@ class Kernels:
     update: ModuleType
 
 
-def take(kernels: Kernels, batches: list[Batch], last_norms: LastNorms) -> None:
-    """One step of batches on one device; see `execution.Execution`."""
-    launched_together: dict[tuple, list[tuple[Batch, Plan]]] = {}
+def launches_of(kernels: Kernels, batches: list[Batch], last_norms: LastNorms) -> list[Launch]:
+    """Those that update `batches`: those of equal settings together. Takes the known ‖g_{t−1}‖ of them."""
+    together: dict[tuple, list[tuple[Batch, Plan]]] = {}
     for batch in batches:
         plan = plan_of(batch)
-        launched_together.setdefault(_launch_key(batch, plan), []).append((batch, plan))
-    for some in launched_together.values():
+        together.setdefault(_key(batch, plan), []).append((batch, plan))
+    launches = []
+    for some in together.values():
         some_batches, plans = [batch for batch, _ in some], tuple(plan for _, plan in some)
         device = some_batches[0].params[0].device
         with torch.cuda.device_of(some_batches[0].params[0]):
             stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
             for table in tables_of(plans, stream, device):
-                launch(kernels, some_batches, plans[0], table, last_norms, stream)
+                launches.append(Launch(kernels, some_batches, plans[0], table, last_norms, stream))
+    return launches
 
 
-def _launch_key(batch: Batch, plan: Plan) -> tuple:
+def _key(batch: Batch, plan: Plan) -> tuple:
     """Equal for batches that the same launches can update."""
     group = batch.group
     settings = (group["update"], batch.form, batch.previous_grads is None, group["gamma"], *group["betas"])
-    rates = (group["lr"], group["weight_decay"], group["eps"], group["max_norm"], batch.lr)
+    rates = (group["lr"], group["weight_decay"], group["eps"], group["max_norm"], batch.lr, group["skip_nonfinite"])
     return batch.params[0].device, *settings, *rates, *plan.dtypes.items()
 
 
-def launch(
-    kernels: Kernels, batches: list[Batch], plan: Plan, table: Table, last_norms: LastNorms, stream: int
-) -> None:
-    batch, group = batches[0], batches[0].group
-    beta1, beta2 = group["betas"]
-    lr, max_norm = batch.lr, group["max_norm"]
-    kappa, beta1, beta2, eps, gamma, rate, decay, largest = _bits(
-        (
-            batch.kappa,
-            beta1,
-            beta2,
-            group["eps"],
-            batch.momentum_gamma,
-            lr,
-            1 - lr * batch.weight_decay,
-            max_norm or 0.0,
-        )
-    )
-    is_corrected, clips, is_adamw = batch.previous_grads is not None, max_norm is not None, "V" in plan.dtypes
-    keeps_last_grad = batch.form is Form.APPROX
-    n, blocks = len(table.places), table.blocks
-    wide = torch.promote_types(plan.dtypes["X"], torch.float32)
-    types = {f"{name}_DTYPE": _triton_dtype(dtype) for name, dtype in plan.dtypes.items()}
-    read = {"G_DTYPE": types["G_DTYPE"], "PREV_DTYPE": types.get("PREV_DTYPE", types["G_DTYPE"])}
-    shared: dict[str, Any] = {"WIDE": _triton_dtype(wide)}
-    lanes: dict[str, Any] = {"ALIGNED": table.is_aligned, "BLOCK": BLOCK, **OPTIONS}
-    of_block = (table.table, table.tensor_of_block, table.stride)
-    of_tensor = (table.table, table.stride)
-    clip_factors, step_sizes, inverse_root_bias2 = (
-        table.scratch(name, n, wide) for name in ("clip_factors", "step_sizes", "inverse_root_bias2")
-    )
-    knowledge = table.scratch("knowledge", n, torch.int32)
-    sums_of_g, sums_of_c = (table.scratch(name, blocks if clips else 1, wide) for name in ("sums_of_g", "sums_of_c"))
-    last_grads = _tensors(batches, table, "previous_grads") if keeps_last_grad and clips and is_corrected else None
-    norms_of_g: Tensor | None = None
+class Launch:
+    """The kernels' operands for batches with equal settings, and the launches of one step."""
 
-    if clips and blocks:
-        known = None if last_grads is None else last_norms.take_vector(last_grads, stream)
-        norms_of_g = torch.empty(n, dtype=wide, device=table.device)
-        prev_norms = torch.full_like(norms_of_g, torch.nan) if known is None else known
-        kernels.norms.measure[(blocks,)](
-            *(*of_block, kappa, largest, prev_norms, sums_of_g, sums_of_c),
-            **shared,
-            CORRECTED=is_corrected,
-            **read,
-            **lanes,
-        )
-        if is_corrected:
-            kernels.norms.judge[(n,)](
-                *(*of_tensor, kappa, largest, prev_norms, knowledge, sums_of_g, norms_of_g), **shared, REDUCED=REDUCED
-            )
-        if known is not None:  # else all have been measured
-            kernels.norms.measure_rest[(min(blocks, PROGRAMS_PER_UNIT * _units(table.device)),)](
-                *(*of_tensor, n, kappa, knowledge, sums_of_c), **shared, REDUCED=REDUCED, **read, **lanes
-            )
-    if clips or is_adamw:
-        kernels.norms.prepare[(n,)](
-            *(*of_tensor, beta1, beta2, rate, largest, knowledge, sums_of_g, sums_of_c),
-            *(clip_factors, step_sizes, inverse_root_bias2),
-            **shared,
-            CORRECTED=is_corrected,
-            CLIPS=clips,
-            IS_ADAMW=is_adamw,
-            REDUCED=REDUCED,
-        )
-    if blocks:
-        kernels.update.update[(blocks,)](
-            *(*of_block, kappa, beta1, beta2, eps, gamma, rate, decay),
-            *(clip_factors, step_sizes, inverse_root_bias2),
-            **shared,
-            X_DTYPE=types["X_DTYPE"],
-            M_DTYPE=types["M_DTYPE"],
-            V_DTYPE=types.get("V_DTYPE", types["M_DTYPE"]),
-            CORRECTED=is_corrected,
-            KEEPS_LAST_GRAD=keeps_last_grad,
-            CLIPS=clips,
-            IS_ADAMW=is_adamw,
-            COMPENSATED="COMPENSATION" in plan.dtypes,
-            **read,
-            **lanes,
-        )
-    torch.autograd.graph.increment_version(_tensors(batches, table, "params"))  # changed behind autograd's back
-    if keeps_last_grad and is_corrected:
-        torch.autograd.graph.increment_version(_tensors(batches, table, "previous_grads"))
-    if last_grads is not None and norms_of_g is not None:
-        last_norms.remember_vector(last_grads, norms_of_g, stream)
+    def __init__(
+        self,
+        kernels: Kernels,
+        batches: list[Batch],
+        plan: Plan,
+        table: Table,
+        last_norms: LastNorms,
+        stream: int,
+    ):
+        batch, group = batches[0], batches[0].group
+        beta1, beta2 = group["betas"]
+        lr, max_norm = batch.lr, group["max_norm"]
+        numbers = (batch.kappa, beta1, beta2, group["eps"], batch.momentum_gamma, lr, 1 - lr * batch.weight_decay)
+        self._kernels, self._batches, self._table, self._stream = kernels, batches, table, stream
+        self.group, self.device = group, table.device
+        *self._numbers, self._max_norm = _bits((*numbers, max_norm or 0.0))
+        self._is_corrected, self._clips = batch.previous_grads is not None, max_norm is not None
+        self._is_adamw, self._is_compensated = "V" in plan.dtypes, "COMPENSATION" in plan.dtypes
+        self._keeps_last_grad = batch.form is Form.APPROX
+        self._types = {f"{name}_DTYPE": _triton_dtype(dtype) for name, dtype in plan.dtypes.items()}
+        g_dtype = self._types["G_DTYPE"]
+        wide = torch.promote_types(plan.dtypes["X"], torch.float32)
+        self._wide = {"WIDE": _triton_dtype(wide)}
+        self._read = {"G_DTYPE": g_dtype, "PREV_DTYPE": self._types.get("PREV_DTYPE", g_dtype)}
+        self._lanes: dict[str, Any] = {"ALIGNED": table.is_aligned, "BLOCK": BLOCK, **OPTIONS}
+        n = len(table.places)
+        self._knowledge = table.scratch("knowledge", n, torch.int32)
+        blocks = table.blocks if self._clips else 1
+        self._sums = [table.scratch(name, blocks, torch.float64) for name in ("sums_of_g", "sums_of_c")]
+        self._results = [table.scratch(name, n, wide) for name in ("factors", "step_sizes", "inverse_root_bias2")]
+        self._norms_of_g = table.scratch("norms_of_g", n, wide)  # of no use without the clip
+        self._known: Tensor | None = None
+        self._last_grads: list[Tensor] = []
+        if self._keeps_last_grad and self._is_corrected:
+            self._last_grads = self._tensors("previous_grads")
+            if self._clips and table.blocks:
+                self._known = last_norms.take_vector(self._last_grads, stream)
+                self._norms_of_g = torch.empty(n, dtype=wide, device=table.device)
+
+    def measure(self, flag: Tensor | None) -> None:
+        """Norms and what follows of them for each tensor; raises `flag`, if there is one, where c_t is not finite."""
+        norms, table, n = self._kernels.norms, self._table, len(self._table.places)
+        of_block = (table.table, table.tensor_of_block, table.stride)
+        of_tensor = (table.table, table.stride)
+        kappa, beta1, beta2, _, _, lr, _ = self._numbers
+        with torch.cuda.device_of(table.table):
+            if self._clips and table.blocks:
+                prev_norms = self._known
+                if prev_norms is None:
+                    prev_norms = torch.full_like(self._norms_of_g, torch.nan)
+                norms.measure[(table.blocks,)](
+                    *(*of_block, kappa, self._max_norm, prev_norms, *self._sums),
+                    CORRECTED=self._is_corrected,
+                    **self._wide,
+                    **self._read,
+                    **self._lanes,
+                )
+                if self._is_corrected:
+                    norms.judge[(n,)](
+                        *(*of_tensor, kappa, self._max_norm, prev_norms, self._knowledge, self._sums[0]),
+                        self._norms_of_g,
+                        REDUCED=REDUCED,
+                        **self._wide,
+                    )
+                if self._known is not None:  # else all have been measured
+                    norms.measure_rest[(min(table.blocks, PROGRAMS_PER_UNIT * _units(table.device)),)](
+                        *(*of_tensor, n, kappa, self._knowledge, self._sums[1]),
+                        REDUCED=REDUCED,
+                        **self._wide,
+                        **self._read,
+                        **self._lanes,
+                    )
+            if self._clips or self._is_adamw:
+                norms.prepare[(n,)](
+                    *(*of_tensor, beta1, beta2, lr, self._max_norm, self._knowledge, *self._sums, *self._results),
+                    table.zero if flag is None else flag,
+                    CORRECTED=self._is_corrected,
+                    CLIPS=self._clips,
+                    RAISES=flag is not None,
+                    IS_ADAMW=self._is_adamw,
+                    REDUCED=REDUCED,
+                    **self._wide,
+                )
+
+    def update(self, flag: Tensor | None) -> None:
+        """The update of all tensors, unless `flag` is raised."""
+        table = self._table
+        if table.blocks:
+            with torch.cuda.device_of(table.table):
+                self._kernels.update.update[(table.blocks,)](
+                    *(table.table, table.tensor_of_block, table.stride, *self._numbers, *self._results),
+                    table.zero if flag is None else flag,
+                    self._norms_of_g,
+                    X_DTYPE=self._types["X_DTYPE"],
+                    M_DTYPE=self._types["M_DTYPE"],
+                    V_DTYPE=self._types.get("V_DTYPE", self._types["M_DTYPE"]),
+                    CORRECTED=self._is_corrected,
+                    KEEPS_LAST_GRAD=self._keeps_last_grad,
+                    CLIPS=self._clips,
+                    IS_ADAMW=self._is_adamw,
+                    COMPENSATED=self._is_compensated,
+                    **self._wide,
+                    **self._read,
+                    **self._lanes,
+                )
+        # They were changed behind autograd's back.
+        torch.autograd.graph.increment_version([*self._tensors("params"), *self._last_grads])
+
+    def remember(self, last_norms: LastNorms) -> None:
+        """‖g_t‖₂, which will be those of g_{t−1}."""
+        if self._last_grads and self._clips and self._table.blocks:
+            last_norms.remember_vector(self._last_grads, self._norms_of_g, self._stream)
+
+    def _tensors(self, name: str) -> list[Tensor]:
+        if self._table.is_everything:
+            return getattr(self._batches[0], name)
+        rows = [getattr(batch, name) for batch in self._batches]
+        return [rows[p][i] for p, i in self._table.places]
 
 
 def divide(kernels: Kernels, tensors: list[Tensor], divisors: Tensor) -> None:
@@ -160,13 +197,6 @@ def divide(kernels: Kernels, tensors: list[Tensor], divisors: Tensor) -> None:
                 **OPTIONS,
             )
     torch.autograd.graph.increment_version(tensors)
-
-
-def _tensors(batches: list[Batch], table: Table, name: str) -> list[Tensor]:
-    if table.is_everything:
-        return getattr(batches[0], name)
-    rows = [getattr(batch, name) for batch in batches]
-    return [rows[p][i] for p, i in table.places]
 
 
 def _bits(values: Iterable[float]) -> list[int]:

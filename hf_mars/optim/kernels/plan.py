@@ -188,6 +188,7 @@ class Table:
         is_aligned: whether all addresses are multiples of 16.
         is_everything: whether these are all tensors of one plan, in order.
         table, tensor_of_block, stride: the kernels' arguments.
+        zero: a flag that is never raised.
         scratch: the kernels' memory between launches of one step, by name.
     """
 
@@ -210,6 +211,7 @@ class Table:
         self.table = on_device
         counts = on_device[self.stride + 1 : self.stride + 1 + n] - on_device[self.stride : self.stride + n]
         self.tensor_of_block = torch.repeat_interleave(counts, output_size=self.blocks).int()
+        self.zero = torch.zeros((), dtype=torch.float32, device=device)  # a flag that is not raised
         self._scratch: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     @classmethod

@@ -32,7 +32,7 @@ def trial_batch(device: torch.device, block: int) -> tuple[Batch, dict[str, list
     v = [t.square() for t in m]
     steps = [torch.full((), 3.0, dtype=torch.float32, device=device) for _ in x]
     group = {"update": "adamw", "lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    group.update(gamma=GAMMA, max_norm=MAX_NORM)
+    group.update(gamma=GAMMA, max_norm=MAX_NORM, skip_nonfinite=False)
     batch = Batch(group, Form.APPROX, x, g, previous, m, v, steps, [], [{}, {}], [WHOLE, WHOLE])
     expected = {name: [t.clone() for t in row] for name, row in _results(batch).items()}
     c = corrected_gradient(g, [t.clone() for t in previous], kappa=kappa(GAMMA, BETA1))

@@ -17,7 +17,6 @@ from .triton_common import (
     div,
     load,
     number,
-    sqrt,
     store,
 )
 
@@ -35,14 +34,25 @@ def _is_short(kappa, max_norm, norm_of_g, norm_of_prev):
 
 
 @triton.jit
+def _squares(values):
+    """Σ values², in float64 where float32 would overflow: from 1e19 on."""
+    total = tl.sum(values * values, axis=0).to(tl.float64)
+    if (total < float("inf")) == 0:
+        wide = values.to(tl.float64)  # another name: a variable keeps its type
+        total = tl.sum(wide * wide, axis=0)
+    return total
+
+
+@triton.jit
 def _norm_of_blocks(sums, table, stride, k, WIDE: tl.constexpr, REDUCED: tl.constexpr):
+    """The root of the sum of a tensor's blocks."""
     at_first = table + FIRST_BLOCK * stride + k
     first, last = tl.load(at_first), tl.load(at_first + 1)
-    lanes = tl.zeros((REDUCED,), dtype=WIDE)
+    lanes = tl.zeros((REDUCED,), dtype=tl.float64)
     for start in range(first, last, REDUCED):
         offsets = start + tl.arange(0, REDUCED)
         lanes += tl.load(sums + offsets, mask=offsets < last, other=0.0)
-    return sqrt(tl.sum(lanes, axis=0), WIDE)
+    return tl.sqrt(tl.sum(lanes, axis=0)).to(WIDE)
 
 
 @triton.jit
@@ -79,13 +89,13 @@ def measure(
     k, start, count = block_of(table, tensor_of_block, stride, block, BLOCK)
     lanes = tl.arange(0, BLOCK)
     g = _load_block(at(table, G, stride, k, start, G_DTYPE, ALIGNED), lanes, count, WIDE, BLOCK)
-    tl.store(sums_of_g + block, tl.sum(g * g, axis=0))
+    tl.store(sums_of_g + block, _squares(g))
     if CORRECTED:
         prev_norm = tl.load(prev_norms + k)
         if _is_short(kappa, max_norm, prev_norm, prev_norm) == 0:
             at_prev = at(table, PREV, stride, k, start, PREV_DTYPE, ALIGNED)
             c = corrected(kappa, g, _load_block(at_prev, lanes, count, WIDE, BLOCK), WIDE)
-            tl.store(sums_of_c + block, tl.sum(c * c, axis=0))
+            tl.store(sums_of_c + block, _squares(c))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -150,7 +160,7 @@ def measure_rest(
                     at_prev = at(table, PREV, stride, k, start_of_block, PREV_DTYPE, ALIGNED)
                     g = _load_block(at_g, lanes, count, WIDE, BLOCK)
                     c = corrected(kappa, g, _load_block(at_prev, lanes, count, WIDE, BLOCK), WIDE)
-                    tl.store(sums_of_c + block, tl.sum(c * c, axis=0))
+                    tl.store(sums_of_c + block, _squares(c))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -167,13 +177,18 @@ def prepare(
     clip_factors,
     step_sizes,
     inverse_root_bias2,
+    flag,
     WIDE: tl.constexpr,
     CORRECTED: tl.constexpr,
     CLIPS: tl.constexpr,
+    RAISES: tl.constexpr,
     IS_ADAMW: tl.constexpr,
     REDUCED: tl.constexpr,
 ):
-    """A tensor's numbers: the clip's factor, c̃ = factor · c; t ← t + 1, η/(1−β1^t) and 1/√(1−β2^t)."""
+    """A tensor's numbers: the clip's factor, c̃ = factor · c; η/(1−β1^t) and 1/√(1−β2^t) of the coming t.
+
+    RAISES: the flag, where c is not finite. Every program that writes to it writes the same.
+    """
     k = tl.program_id(0)
     if CLIPS:
         norm = tl.zeros((), dtype=WIDE)
@@ -183,11 +198,12 @@ def prepare(
             norm = _norm_of_blocks(sums_of_c, table, stride, k, WIDE, REDUCED)
         largest = number(max_norm).to(WIDE)
         tl.store(clip_factors + k, tl.where(norm <= largest, 1.0, div(largest, norm, WIDE)))  # NaN stays NaN
+        if RAISES:
+            if (norm < float("inf")) == 0:
+                tl.store(flag, 1.0)
     if IS_ADAMW:
         at_step = at(table, STEP, stride, k, 0, tl.float32, False)
-        t = tl.load(at_step) + 1
-        tl.store(at_step, t)
-        t = t.to(tl.float64)
+        t = (tl.load(at_step) + 1).to(tl.float64)
         # β^t; log(0) is −∞, and e to that is 0 again.
         tl.store(step_sizes + k, number(lr) / (1 - tl.exp(t * tl.log(number(beta1)))))
         tl.store(inverse_root_bias2 + k, 1 / tl.sqrt(1 - tl.exp(t * tl.log(number(beta2)))))

@@ -9,6 +9,7 @@ import triton.language as tl
 from .triton_common import (
     COMPENSATION,
     PREV,
+    STEP,
     VARYING,
     G,
     M,
@@ -83,6 +84,8 @@ def _update_block(
 
     if CLIPS:
         c *= tl.load(clip_factors + k)
+    if IS_ADAMW == 0:  # sign(NaN) is 0: a NaN in m would stop the element for ever, without a sign of it
+        c = tl.where(tl.abs(c) < float("inf"), c, m)
     m = _lerp(m, c, 1 - number(beta1), WIDE)
     store(at_m, lanes, count, m, MASKED)
     if IS_ADAMW:
@@ -117,6 +120,8 @@ def update(
     clip_factors,
     step_sizes,
     inverse_root_bias2,
+    flag,
+    norms_of_g,
     WIDE: tl.constexpr,
     X_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
@@ -131,9 +136,20 @@ def update(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """c̃, the moving averages, the update, and g in the place of g_{t−1}, of every block."""
+    """c̃, the moving averages, the update, t ← t + 1, and g in the place of g_{t−1}, of every block.
+
+    Where the flag is raised, nothing but: ‖g‖ becomes NaN, since it will not be the norm of g_{t−1}.
+    """
     k, start, count = block_of(table, tensor_of_block, stride, tl.program_id(0), BLOCK)
     lanes = tl.arange(0, BLOCK)
+    is_skipped = tl.load(flag) != 0
+    if start == 0:
+        if is_skipped:
+            tl.store(norms_of_g + k, float("nan"))
+        if IS_ADAMW:
+            at_step = at(table, STEP, stride, k, 0, tl.float32, False)
+            tl.store(at_step, tl.load(at_step) + tl.where(is_skipped, 0.0, 1.0))
+    count = tl.where(is_skipped, 0, count)  # so that every mask is false
     if count == BLOCK:
         _update_block(
             table, stride, k, start, lanes, count, kappa, beta1, beta2, eps, gamma, lr, decay,
