@@ -83,6 +83,48 @@ class Largest(TorchDispatchMode):
         return result
 
 
+class Words(TorchDispatchMode):
+    """Elements that are read and written, of tensors of at least `least` elements, by their functions' schemas."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.count = least, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.is_view:
+            return result
+        arguments = {a.name: a for a in function._schema.arguments}
+        given = dict(zip(arguments, args, strict=False)) | (kwargs or {})
+        changes = False
+        for name, value in given.items():
+            writes = arguments[name].alias_info is not None and arguments[name].alias_info.is_write
+            changes |= writes
+            only_writes = writes and (name == "out" or function.overloadpacket.__name__ == "copy_")
+            # AdamW's gradients are only written to with grad_scale.
+            also_writes = writes and not only_writes and name != "grads"
+            self.count += self.large(value) * (1 + also_writes)
+        self.count += 0 if changes else self.large(result)
+        return result
+
+    def large(self, value):
+        tensors = value if isinstance(value, (list, tuple)) else [value]
+        return sum(t.numel() for t in tensors if torch.is_tensor(t) and t.numel() >= self.least)
+
+
+@pytest.mark.parametrize("max_norm, words", [(None, 12), (1.0, 21)])
+def test_words_that_the_composed_step_moves(max_norm, words):
+    """As docs/performance.md says: 3 for c_t, 7 for AdamW, 2 for the copy of g_t; with the clip 2 for norms, 2 for it,
+    and 5 more to leave g_{t−1} as it is where the step is skipped, which the host does not know."""
+    param = torch.nn.Parameter(torch.empty(10, 100, device="meta"))
+    optimizer = MarsAdamW([param], max_norm=max_norm)
+    for _ in range(2):
+        param.grad = torch.empty_like(param)
+        with Words(param.numel()) as moved:
+            optimizer.step()
+    assert moved.count == words * param.numel()
+
+
 @pytest.mark.parametrize("max_norm", [1e6, None])
 def test_lion_holds_the_signs_of_a_piece_of_the_parameters(max_norm):
     piece = PIECE_ON_ACCELERATORS

@@ -23,14 +23,11 @@ def lion(
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( sign(m_t) + λ x ).
 
-    Where c̃_t is not finite, m stays as it is: sign(NaN) is 0, and a NaN would stop the entry for ever, without a sign.
-
     Modifies the parameters and `exp_avgs`; not `c`. `gamma` is for `correction.momentum`, `flag` for
     `correction.move`.
     """
     for x, e, c_piece in pieces_of(params, exp_avgs, c):
-        finite = [torch.where(own.isfinite(), own, average) for own, average in zip(c_piece, e, strict=True)]
-        m = momentum(e, finite, beta1=beta1, gamma=gamma)
+        m = momentum(e, c_piece, beta1=beta1, gamma=gamma)
         move(x, list(torch._foreach_sign(m)), rates=[lr] * len(x), decay=1 - lr * weight_decay, flag=flag)
 
 
