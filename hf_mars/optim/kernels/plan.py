@@ -126,8 +126,8 @@ def _kept_and_made(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     return kept + batch.previous_grads, batch.grads
 
 
-def _kinds(tensors: list[Tensor]) -> set[tuple]:
-    return {(type(t), t.dtype, t.is_contiguous()) for t in tensors}
+def _kinds(tensors: list[Tensor]) -> tuple[set, set, bool]:
+    return set(map(type, tensors)), {t.dtype for t in tensors}, all(map(Tensor.is_contiguous, tensors))
 
 
 def _why_not(rows: dict[str, list[Tensor]], batch: Batch) -> str | None:
@@ -170,6 +170,8 @@ _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def plan_of(batch: Batch) -> Plan:
     """The plan of a batch, that of the last step where it still holds."""
+    if batch.plan is not None:
+        return batch.plan
     of_first = _plans.setdefault(batch.params[0], {})
     known = of_first.get(len(batch.params))
     plan = Plan(batch) if known is None else known.renewed(batch)
@@ -177,6 +179,7 @@ def plan_of(batch: Batch) -> Plan:
         if len(of_first) > 1:  # gradients come and go: no need to keep what belongs to other steps
             of_first.clear()
         of_first[len(batch.params)] = plan
+    batch.plan = plan
     return plan
 
 
