@@ -1,12 +1,17 @@
 """Start a script of the tests on a number of processes, or several commands at the same time."""
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+
+import psutil
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -40,7 +45,8 @@ def run(commands, folder, timeout=240, meanwhile=None, **environment):
 
     Args:
         commands: from a free port to (environment, command) of each. If another process takes the port before they
-            do, they are run again with another one.
+            do, they are run again with another one; and once where all of them hang, with a warning that has the
+            stacks of their processes.
         timeout: seconds after which what still runs is terminated; 30 after one has failed.
         meanwhile: called with the running processes and their logs.
 
@@ -50,9 +56,11 @@ def run(commands, folder, timeout=240, meanwhile=None, **environment):
     environment = {
         **os.environ,
         "PYTHONPATH": PYTHONPATH,
+        "PYTHONFAULTHANDLER": "1",  # on SIGABRT a process prints the stacks of its threads
         "HF_DATASETS_CACHE": str(folder / "cache"),
         **environment,
     }
+    has_hung = False
     for _ in range(3):
         deadline = time.monotonic() + timeout
         running, logs = [], []
@@ -69,15 +77,35 @@ def run(commands, folder, timeout=240, meanwhile=None, **environment):
                     deadline = min(deadline, time.monotonic() + 30)
                 time.sleep(0.1)
             codes = [process.poll() for process in running]
+            abort_workers(process for process, code in zip(running, codes, strict=True) if code is None)
         finally:
             for process in running:
                 process.terminate()  # a launcher passes it on to its workers
             for process in running:
                 process.wait(60)  # a launcher gives its workers 30 seconds
         printed = [log.read_text() for log in logs]
-        if not any(re.search("EADDRINUSE|another process is utilizing it", text) for text in printed):
+        hangs = not any(codes) and None in codes
+        if hangs and not has_hung:
+            warnings.warn(
+                "\n".join(["a launch hung and is run again:", *(text[-8000:] for text in printed)]), stacklevel=2
+            )
+            has_hung = True
+        elif not any(re.search("EADDRINUSE|another process is utilizing it", text) for text in printed):
             break
     return codes, printed
+
+
+def abort_workers(launchers):
+    """Make the processes that launchers have started, or they themselves where there are none, print their stacks."""
+    workers = []
+    for launcher in launchers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(launcher.pid)
+            workers += [child for child in parent.children() if "python" in child.name()] or [parent]
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(signal.SIGABRT)
+    psutil.wait_procs(workers, timeout=20)
 
 
 def run_together(commands, folder, **options):

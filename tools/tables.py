@@ -99,10 +99,17 @@ def at_the_baselines_rate(name: str, label: str) -> Any:
 TASKS = {
     "pretrain_prose": "from scratch, prose",
     "pretrain_docs": "from scratch, documentation",
+    "long": "documentation, ten times the tokens",
+    "size": "documentation, 10M parameters",
+    "batch": "documentation, batches of 32,768 tokens",
     "finetune": "full fine-tuning",
     "lora": "LoRA",
+    "finetune_real": "full fine-tuning, SmolLM2-135M",
+    "lora_real": "LoRA, SmolLM2-135M",
 }
 ADAMW, MARS_M = "mars_adamw, rate matched", "mars_m (0.9, 0.99) γ 0.05"
+# The first plans state the defaults, which were not yet in force; the later ones name the optimizer alone.
+NAMES = {"mars_adamw": (ADAMW, "mars_adamw"), "mars_m": (MARS_M, "mars_m")}
 
 
 def overview() -> str:
@@ -115,13 +122,13 @@ def overview() -> str:
         base = comparison.baseline
         assert base.best is not None
         cells = [task, f"{base.best.learning_rate:g}" + (" (highest tried)" if base.edge == "upper" else "")]
-        for label in (ADAMW, MARS_M):
-            s = next(s for s in comparison.summaries if s.label == label)
-            at_rate = at_the_baselines_rate(name, label)
-            assert s.best is not None and s.difference is not None and at_rate is not None
+        for labels in NAMES.values():
+            s = next(s for s in comparison.summaries if s.label in labels)
+            at_rate = at_the_baselines_rate(name, s.label)
+            assert s.best is not None and s.difference is not None
             ratio = s.best.learning_rate / base.best.learning_rate
             best = f"{plus_minus(s.difference)} at {ratio:.2g} ×" + (" (highest tried)" if s.edge == "upper" else "")
-            cells += [plus_minus(at_rate), best]
+            cells += ["—" if at_rate is None else plus_minus(at_rate), best]
         lines.append(cells)
     return markdown(head, lines)
 
@@ -143,8 +150,26 @@ def shorter(whole: str, part: str) -> str:
     return markdown(head, lines)
 
 
+def differences(name: str) -> str:
+    """Each row of an ablation beside its first one, paired by seed."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    comparison = compare(rows, list(dict.fromkeys(row["optimizer"] for row in rows)))
+    head = ["", "seeds", "loss", f"difference from {comparison.baseline.label}"]
+    lines = [
+        [
+            s.label,
+            str(len(s.losses)),
+            f"{mean(s.losses):.3f}",
+            "—" if s.difference is None else plus_minus(s.difference),
+        ]
+        for s in comparison.summaries
+    ]
+    return markdown(head, lines)
+
+
 KINDS = {
     "summary": summary,
+    "differences": differences,
     "rates": rates,
     "overview": overview,
     "shorter": shorter,

@@ -41,6 +41,8 @@ def values_of_file(path: Path, included_by: tuple[Path, ...] = ()) -> dict[str, 
     Raises:
         UsageError: the file, or one that it includes, cannot be read, holds no mapping or includes itself.
     """
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file of arguments")
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)  # a SafeLoader

@@ -38,9 +38,11 @@ def load_config(model_args: ModelArguments, block_size: int | None) -> PreTraine
         config = CONFIG_MAPPING[model_args.model_type]()
     else:
         config = GPT2Config(**{**SMALL_GPT2, "n_positions": block_size or SMALL_GPT2["n_positions"]})
-        logger.info(f"no model is named: training a small GPT-2 from scratch ({SMALL_GPT2})")
     if model_args.config_overrides:
         override_config(config, model_args.config_overrides)
+    if not (name or model_args.model_type):
+        sizes = ", ".join(f"{key}={getattr(config, key)}" for key in SMALL_GPT2)
+        logger.info(f"no model is named: training a small GPT-2 from scratch ({sizes})")
     return config
 
 

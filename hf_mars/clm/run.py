@@ -11,9 +11,9 @@ from transformers import PrinterCallback, set_seed
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
-from hf_mars import MarsTrainingArguments
+from hf_mars import MarsTrainer, MarsTrainingArguments
 from hf_mars.trainer.checkpoint_saving import is_disk_full
-from hf_mars.trainer.checkpoints import CheckpointError
+from hf_mars.trainer.checkpoints import CheckpointError, ResumeError
 from hf_mars.trainer.nodes import once_per_node
 from hf_mars.trainer.signals import TrainingStopped
 from hf_mars.trainer.skipping import NotFiniteError
@@ -28,12 +28,11 @@ from .log import logger
 from .metrics import ComputeLanguageModelMetrics, losses_and_tokens
 from .model import choose_block_size, count_parameters, fit_vocabulary, load_config, load_model
 from .output_folder import check_space, check_writable, checkpoint_to_resume, files_of_previous_run
-from .processes import all_or_none, check_same, leave_together
+from .processes import all_or_none, check_all_are_seen, check_same, leave_together
 from .report import generate_sample, summarize
 from .splits import load_blocks, load_splits
 from .texts import Texts
 from .tokenizer import load_tokenizer, train_tokenizer
-from .trainer import FinishingTrainer
 
 
 def command(program: str) -> None:
@@ -54,7 +53,7 @@ def command(program: str) -> None:
         if not (isinstance(error, (CheckpointError, NotFiniteError)) or is_disk_full(error)):
             raise
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ResumeError) else 1)
 
 
 def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[str, float]:
@@ -72,6 +71,7 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, program)
     model_args, data_args, run_args, training_args = arguments
+    check_all_are_seen(training_args.world_size)
     set_up_logging(training_args)
     checkpoint, stale = find_start(arguments)
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
 
     # Losses and accuracy are summed batch by batch: neither logits nor predictions pile up.
     training_args.batch_eval_metrics = True
-    trainer = FinishingTrainer(
+    trainer = MarsTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks,
@@ -195,7 +195,7 @@ def remove(stale: list[Path]) -> None:
 
 
 def train_and_evaluate(
-    trainer: FinishingTrainer,
+    trainer: MarsTrainer,
     checkpoint: str | None,
     train_blocks: TokenBlocks | TokenStream | None,
     eval_blocks: TokenBlocks | None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .host import is_captured, reads_are_free
 from .kernels import gpu
 from .last_grad import LastNorms
 from .precision import needs_wide_copies, widened
-from .sharding import Part, norms_of_wholes, on_whole_matrices
+from .sharding import norms_of_wholes, on_whole_matrices
 from .skipping import Skip
 
 # Elements that are updated at a time where that takes temporary copies of them.
@@ -36,66 +37,93 @@ ORTHOGONALISED_AT_A_TIME = 1 << 26
 Norms = list[float] | list[Tensor] | None
 
 
-def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> None:
-    """Norms of g_t for `skip`, where norms are wanted anyway; see `execution.Execution`."""
+class Corrected(NamedTuple):
+    """c_t of the tensors of a batch, and ‖c_t‖₂."""
+
+    c: list[Tensor]
+    norms: Norms
+
+
+def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[Corrected | None]:
+    """Norms by which the step is skipped, where norms are wanted anyway; see `execution.Execution`.
+
+    Those of c_t, which is then kept for `step`, where it needs no memory or another exchange between ranks would be
+    needed; else those of g_t, for c_t will take the memory of g_{t−1}.
+    """
     if batches and is_captured(batches[0].grads[0]):
         last_norms.distrust()
-    grads: list[Tensor] = []
-    parts: list[Part] = []
-    for batch in batches:
-        if skip.covers(batch.group) or not _wants_norms(batch):
-            continue
-        # In exact mode c_t is made of two gradients.
-        for some in (batch.grads, batch.previous_grads if batch.form is Form.EXACT else None):
-            grads += some or []
-            parts += batch.parts if some else []
+    wanted = [_wants_norms(batch) and not skip.covers(batch.group) for batch in batches]
+    early = [wants and _is_corrected_early(batch) for batch, wants in zip(batches, wanted, strict=True)]
+    chosen = [batch for batch, is_early in zip(batches, early, strict=True) if is_early]
+    found = iter(_corrected(chosen, in_place=False))
+    results = [next(found) if is_early else None for is_early in early]
+    for result in results:
+        skip.add((result and result.norms) or [])
+    others = [b for b, wants, is_early in zip(batches, wanted, early, strict=True) if wants and not is_early]
+    grads = [grad for batch in others for grad in batch.grads]
+    parts = [part for batch in others for part in batch.parts]
+    for batch in others:
+        if batch.form is Form.EXACT and batch.previous_grads:  # c_t is made of two gradients
+            grads += batch.previous_grads
+            parts += batch.parts
     skip.add(norms_of_wholes(grads, parts))
+    return results
 
 
-def step(batches: list[Batch], measured: None, last_norms: LastNorms, skip: Skip) -> None:
+def step(batches: list[Batch], measured: list[Corrected | None], last_norms: LastNorms, skip: Skip) -> None:
     """Update the parameters of `batches` and their states.
 
     All together, so that the clip's norms take one exchange between ranks per step; those that need temporary copies
     one piece after the other.
     """
-    together = [batch for batch in batches if not _takes_copies(batch, skip)]
-    pieces = [piece for batch in batches if _takes_copies(batch, skip) for piece in batch.pieces(COPIED_AT_A_TIME)]
+    for batch, known in zip(batches, measured, strict=True):
+        if known is not None:
+            _update_by(batch, known, skip)
+    others = [batch for batch, known in zip(batches, measured, strict=True) if known is None]
+    together = [batch for batch in others if not _takes_copies(batch, skip)]
+    pieces = [piece for batch in others if _takes_copies(batch, skip) for piece in batch.pieces(COPIED_AT_A_TIME)]
     for some in (together, *([piece] for piece in pieces)):
-        _step(some, skip)
+        # A skipped step leaves g_{t−1} as it is.
+        in_place = all(skip.flag(batch.params[0].device) is None for batch in some)
+        for batch, corrected in zip(some, _corrected(some, in_place=in_place), strict=True):
+            _update_by(batch, corrected, skip)
 
 
-def _step(batches: list[Batch], skip: Skip) -> None:
-    flags = [skip.flag(batch.params[0].device) for batch in batches]
+def _corrected(batches: list[Batch], *, in_place: bool) -> list[Corrected]:
     # c_t = g_t + κ (g_t − g_{t−1})
     corrected = [
         corrected_gradient(
             batch.grads,
             batch.previous_grads,
             kappa=batch.kappa,
-            in_place=flag is None or batch.form is not Form.APPROX,  # a skipped step leaves g_{t−1} as it is
+            in_place=in_place or batch.form is not Form.APPROX,
         )
-        for batch, flag in zip(batches, flags, strict=True)
+        for batch in batches
     ]
     # ‖c_t‖₂
-    norms = _norms(batches, corrected)
-    for batch, c, norms_of_c, flag in zip(batches, corrected, norms, flags, strict=True):
-        # c̃_t = c_t / max(1, ‖c_t‖₂ / max_norm)
-        max_norm = batch.group["max_norm"]
-        if max_norm is not None and norms_of_c is not None:
-            c = _clipped(c, norms_of_c, max_norm, in_place=batch.previous_grads is not None)
-        # m_t, v_t and x_{t+1}
-        if _takes_wide_copies(batch):
-            averages = [batch.exp_avgs, batch.exp_avg_sqs]
-            with (
-                unchanged_where(flag, [*batch.params, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.compensations]),
-                widened(batch.params, averages, batch.compensations) as (wide, wide_averages),
-            ):
-                _update(batch, wide, [x.to(wide[0].dtype) for x in c], wide_averages[0], wide_averages[1], flag)
-        else:
-            _update(batch, batch.params, c, batch.exp_avgs, batch.exp_avg_sqs, flag)
-        # g_{t−1} ← g_t
-        if batch.form is Form.APPROX:
-            batch.keep_last_grads([True] * len(c) if _is_finite(batch, skip) else None, flag)
+    return list(map(Corrected, corrected, _norms(batches, corrected)))
+
+
+def _update_by(batch: Batch, corrected: Corrected, skip: Skip) -> None:
+    c, norms = corrected
+    flag = skip.flag(batch.params[0].device)
+    # c̃_t = c_t / max(1, ‖c_t‖₂ / max_norm)
+    max_norm = batch.group["max_norm"]
+    if max_norm is not None and norms is not None:
+        c = _clipped(c, norms, max_norm, in_place=batch.previous_grads is not None)
+    # m_t, v_t and x_{t+1}
+    if _takes_wide_copies(batch):
+        averages = [batch.exp_avgs, batch.exp_avg_sqs]
+        with (
+            unchanged_where(flag, [*batch.params, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.compensations]),
+            widened(batch.params, averages, batch.compensations) as (wide, (exp_avgs, exp_avg_sqs)),
+        ):
+            _update(batch, wide, [x.to(wide[0].dtype) for x in c], exp_avgs, exp_avg_sqs, flag)
+    else:
+        _update(batch, batch.params, c, batch.exp_avgs, batch.exp_avg_sqs, flag)
+    # g_{t−1} ← g_t
+    if batch.form is Form.APPROX:
+        batch.keep_last_grads([True] * len(c) if _is_finite(batch, skip) else None, flag)
 
 
 def _update(
@@ -192,6 +220,14 @@ def _clipped(c: list[Tensor], norms: Norms, max_norm: float, *, in_place: bool) 
     return c
 
 
+def _is_corrected_early(batch: Batch) -> bool:
+    """Whether c_t is made before it is known whether the step is skipped: for the clip, and not over g_{t−1}."""
+    if batch.group["max_norm"] is None or _takes_wide_copies(batch) or _has_other_last_grads(batch):
+        return False
+    # On CPUs fresh memory for c_t costs more than another look at g_t.
+    return batch.form is not Form.APPROX or not batch.is_whole or not reads_are_free(batch.grads)
+
+
 def _wants_norms(batch: Batch) -> bool:
     # Without the clip they tell a CPU whether g_t is finite, for one pass over memory instead of a copy's three.
     can_tell = batch.form is Form.APPROX and reads_are_free(batch.grads) and batch.is_whole
@@ -211,12 +247,17 @@ def _takes_wide_copies(batch: Batch) -> bool:
 
 
 def _takes_copies(batch: Batch, skip: Skip) -> bool:
-    if _takes_wide_copies(batch):
+    if _takes_wide_copies(batch) or _has_other_last_grads(batch):
         return True
+    # c_t beside g_{t−1}
+    is_flagged = skip.flag(batch.params[0].device) is not None
+    return is_flagged and batch.form is Form.APPROX and batch.group["max_norm"] is None
+
+
+def _has_other_last_grads(batch: Batch) -> bool:
+    """Whether g_{t−1} is kept in another dtype."""
     if batch.form is not Form.APPROX or batch.previous_grads is None:
         return False
-    if skip.flag(batch.params[0].device) is not None and batch.group["max_norm"] is None:
-        return True
     pairs = zip(batch.previous_grads, batch.grads, strict=True)
     return any(last.dtype != grad.dtype for last, grad in pairs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -10,11 +9,10 @@ import torch
 
 from . import composed
 from .batch import Batch
+from .groups import Group
 from .kernels import cpu, gpu
 from .last_grad import LastNorms
 from .skipping import Skip
-
-logger = logging.getLogger(__name__)
 
 
 class Execution(Protocol):
@@ -48,19 +46,27 @@ class Execution(Protocol):
         """
 
 
-def by_execution(batches: list[Batch]) -> list[tuple[Execution, list[Batch]]]:
-    """Batches beside the execution that takes them, each execution once."""
+def by_execution(batches: list[Batch], taken: dict[str, dict[str, None]]) -> list[tuple[Execution, list[Batch]]]:
+    """Batches beside the execution that takes them, each execution once.
+
+    Args:
+        batches: of one step.
+        taken: gets, by kind of parameter, the executions in words (in the order of an ordered set).
+    """
     chosen: dict[str, tuple[Execution, list[Batch]]] = {}
     for batch in batches:
-        for execution, some in _shares(batch):
+        for execution, some, why_not in _shares(batch):
+            if not torch.compiler.is_compiling():
+                words = _NAMES[execution.__name__] + (f" ({why_not})" if why_not else "")
+                taken.setdefault(batch.group["kind"], {})[words] = None
             chosen.setdefault(execution.__name__, (execution, []))[1].append(some)
     return list(chosen.values())
 
 
-def _shares(batch: Batch) -> Iterator[tuple[Execution, Batch]]:
-    """What of a batch kernels take, and the rest, which is composed."""
-    if torch.compiler.is_compiling():  # the compiler fuses torch's kernels by itself
-        yield composed, batch
+def _shares(batch: Batch) -> Iterator[tuple[Execution, Batch, str | None]]:
+    """What of a batch kernels take, and the rest, which is composed, with the reason."""
+    if torch.compiler.is_compiling():
+        yield composed, batch, "the compiler fuses torch's kernels by itself"
         return
     device = batch.params[0].device
     rest: Batch | None = batch
@@ -68,21 +74,22 @@ def _shares(batch: Batch) -> Iterator[tuple[Execution, Batch]]:
     if gpu.is_for(device):
         taken, rest, why_not = gpu.split(batch)
         if taken is not None:
-            yield gpu, taken
+            yield gpu, taken, None
     elif cpu.is_for(device):
         why_not = cpu.why_not(batch)
         if why_not is None:
-            yield cpu, batch
+            yield cpu, batch, None
             return
     if rest is not None:
-        _log_once(f"{batch.group['update']} steps on {device.type} are composed of torch's kernels: {why_not}")
-        yield composed, rest
+        yield composed, rest, why_not
 
 
-_logged: set[str] = set()
+_NAMES = {composed.__name__: "torch's kernels", cpu.__name__: "the compiled step", gpu.__name__: "Triton's kernels"}
 
 
-def _log_once(message: str) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        logger.info(message)
+def fused_in_effect(group: Group) -> object:
+    """A group's `fused`, in words where it asks for this package's kernels of CPUs and they are missing."""
+    on_cpus = all(param.device.type == "cpu" for param in group["params"])
+    if group["fused"] and on_cpus and not cpu.is_compiled() and (group["gamma"] != 0 or group["update"] != "adamw"):
+        return "torch's kernels alone (the compiled step of hf_mars is missing)"
+    return group["fused"]

@@ -75,7 +75,10 @@ def _owners(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int]:
 
 
 def _owners_of_a_fresh_gradient() -> tuple[int, int] | None:
-    needed = ((torch, "_lazy_clone"), (Tensor, "_use_count"), (torch.UntypedStorage, "resizable"))
+    needed = (
+        *((torch, "_lazy_clone"), (Tensor, "_use_count"), (torch.UntypedStorage, "resizable")),
+        *((torch._C, "_storage_Use_Count"), (torch._C, "_data_address")),
+    )
     if not all(hasattr(owner, name) for owner, name in needed):
         return None
     param = torch.nn.Parameter(torch.zeros(1))
@@ -97,7 +100,7 @@ class LastNorms:
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Any]] = {}
         self._vectors: dict[int, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], Tensor, int]] = {}
-        self._trusted = True
+        self._trusted = hasattr(torch._C, "_data_address")  # without it, norms are measured anew
 
     def take(self, last_grads: list[Tensor]) -> list[Any]:
         """The norms, which are then forgotten; None where it is not known."""

@@ -7,13 +7,14 @@ can read it without waiting, the step ends before it begins; else the decision s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .groups import Group
 from .host import reads_are_free
+from .sharding import Originals, Part, norms_of_wholes
 
 Norm = Tensor | float
 # Flags that are added up at a time, on the device.
@@ -63,11 +64,28 @@ class Skip:
         if device not in self._flags:
             parts = [flag.to(device, non_blocking=True) for flag in self._raised]
             if self._norms:
-                norms = [torch.as_tensor(n).to(device, torch.float32, non_blocking=True) for n in self._norms]
-                total = norms[0] if len(norms) == 1 else torch.stack(norms).sum()
-                parts.append((total - total).ne_(0))  # x − x is NaN where x is not finite
+                norms = [torch.as_tensor(norm).to(device, non_blocking=True) for norm in self._norms]
+                values = torch.hstack(norms)
+                parts.append((values - values).sum().ne(0).float())  # x − x is NaN where x is not finite
             self._flags[device] = parts[0] if len(parts) == 1 else torch.stack(parts).amax()
         return self._flags[device]
+
+
+def norms_to_skip_by(
+    groups: list[Group], previous_grads: Mapping[Tensor, Tensor], originals: Originals
+) -> list[Tensor]:
+    """‖g_t‖₂, and ‖∇f(x_{t−1}, ξ_t)‖₂ where that was evaluated, of the parameters of groups with `skip_nonfinite`."""
+    tensors: list[Tensor] = []
+    parts: list[Part] = []
+    for group in groups:
+        for param in group["params"] if group["skip_nonfinite"] else ():
+            if param.grad is None or param.grad.is_sparse:
+                continue
+            own = originals.parts_of(param, group)
+            for grad in [param.grad, *([previous_grads[param]] if param in previous_grads else [])]:
+                tensors += [part.of(grad) for part in own]
+                parts += own
+    return norms_of_wholes(tensors, parts)
 
 
 class SkippedSteps:
@@ -78,10 +96,11 @@ class SkippedSteps:
         self._flags: list[Tensor] = []  # of the steps since
         self._sums: Tensor | None = None  # (total, in a row) of steps before those, on the device
 
-    def count(self, skip: Skip, device: torch.device) -> None:
-        """Note a step's decision."""
+    def count(self, skip: Skip, groups: list[Group]) -> None:
+        """Note the decision about a step of `groups`."""
         is_bad = skip.on_host()
         if is_bad is None:
+            device = next((param.device for group in groups for param in group["params"]), torch.device("cpu"))
             if (flag := skip.flag(device)) is None:  # nothing decides
                 return
             self._flags.append(flag)

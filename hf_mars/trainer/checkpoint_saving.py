@@ -85,13 +85,17 @@ def rotate(run_dir: Path, save_total_limit: int | None, best_model_checkpoint: s
     )
 
 
+# In RuntimeErrors of torch.save, which does not tell why.
+_TORCH_CANNOT_WRITE = ("failed writing file", "unexpected pos", "iostream error")
+
+
 def is_write_error(error: BaseException) -> bool:
     """Whether an exception tells of a file that could not be written: the writers of weights have their own kinds."""
     if isinstance(error, OSError):
         return True
     text = str(error)
     return type(error).__name__ in ("RuntimeError", "SafetensorError") and (
-        "failed writing file" in text or "I/O error" in text or "os error" in text or "unexpected pos" in text
+        any(words in text for words in (*_TORCH_CANNOT_WRITE, "I/O error", "os error"))
     )
 
 
@@ -100,8 +104,7 @@ def is_disk_full(error: BaseException) -> bool:
     return is_write_error(error) and (
         getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         or "No space left" in str(error)
-        or "failed writing file" in str(error)
-        or "unexpected pos" in str(error)
+        or any(words in str(error) for words in _TORCH_CANNOT_WRITE)
     )
 
 

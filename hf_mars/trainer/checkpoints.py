@@ -31,6 +31,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used or saved. The message is one sentence."""
 
 
+class ResumeError(CheckpointError):
+    """A whole checkpoint that this run's arguments cannot go on from."""
+
+
 class Search(NamedTuple):
     """Where a run goes on.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .names import VARIANTS, mars_name
+from .names import VARIANTS, mars_name, nearest_optimizer, optim_name
 from .on_import import when_imported, wrap_once
 from .versions import check_transformers
 
@@ -41,11 +41,12 @@ def register() -> None:
     when_imported("transformers.trainer_optimizer", _add_handlers)
     when_imported("transformers.modelcard", _describe_in_cards)
     when_imported("transformers.trainer", _add_to_trainer)
+    when_imported("transformers.trainer_callback", _add_summary)
 
 
 def diagnose_every_trainer() -> None:
     """Give each Trainer made from now on a `MarsDiagnosticsCallback`, before its reporters."""
-    when_imported("transformers.trainer", _add_to_trainer_with_diagnostics)
+    when_imported("transformers.trainer", _add_diagnostics)
 
 
 def log_every_trainer() -> None:
@@ -71,10 +72,17 @@ def _with_checks(post_init: Callable[..., None]) -> Callable[..., None]:
     """
 
     def post_init_with_checks(self: TrainingArguments, *args: Any, **kwargs: Any) -> None:
+        name = optim_name(self)
         if mars_name(self) is not None:
-            from .options import hyperparameters
+            from .options import hyperparameters, text_of
 
+            if isinstance(self.optim_args, Mapping):
+                self.optim_args = text_of(self.optim_args)
             hyperparameters(self)
+        elif name.startswith("mars"):
+            raise ValueError(f"optim={name!r}: {nearest_optimizer(name)}")
+        elif self.optim_args:
+            _check_not_ignored(self)
         post_init(self, *args, **kwargs)
         if mars_name(self) is not None:
             from .options import checked_settings
@@ -82,6 +90,19 @@ def _with_checks(post_init: Callable[..., None]) -> Callable[..., None]:
             checked_settings(self)  # the engine's configuration is only known by now
 
     return post_init_with_checks
+
+
+def _check_not_ignored(args: TrainingArguments) -> None:
+    """Options of MARS beside an optimizer that drops them: an error in our own arguments, a warning in others'."""
+    from .arguments import MarsTrainingArguments
+    from .options import ignored_option
+
+    ignored = ignored_option(args)
+    if ignored is not None:
+        message = f"optim_args: {ignored!r} is for MARS, and optim={optim_name(args)!r} makes no use of it"
+        if isinstance(args, MarsTrainingArguments):
+            raise ValueError(f"{message}; choose one of {', '.join(VARIANTS)}, or leave it out")
+        logger.warning(message)
 
 
 def _add_member(enum: type[OptimizerNames], value: str) -> None:
@@ -167,7 +188,26 @@ def _with_mars(extract: Callable[[Trainer], dict[str, Any]]) -> Callable[[Traine
     return extract_with_mars
 
 
-# ---- transformers.trainer: saving, resuming; diagnostics in every Trainer, where they are asked for ----
+# ---- transformers.trainer_callback: the line that says what is in effect ----
+
+
+def _add_summary(trainer_callback: ModuleType) -> None:
+    wrap_once(trainer_callback.CallbackHandler, "on_optimizer_step", _with_summary)
+
+
+def _with_summary(on_optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
+    def on_optimizer_step_with_summary(
+        self: CallbackHandler, args: TrainingArguments, *rest: Any, **kwargs: Any
+    ) -> Any:
+        from .summary import show_once
+
+        show_once(args, self.optimizer)
+        return on_optimizer_step(self, args, *rest, **kwargs)
+
+    return on_optimizer_step_with_summary
+
+
+# ---- transformers.trainer: saving, resuming, skipped steps ----
 
 
 def _add_to_trainer(trainer: ModuleType) -> None:
@@ -209,11 +249,17 @@ def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
     """Settings that the arguments give take effect after a checkpoint is loaded."""
 
     def load_then_apply(self: Trainer, checkpoint: str | None) -> None:
-        load(self, checkpoint)
-        if checkpoint is not None and mars_name(self.args) is not None:
-            from .resuming import apply_given
+        if checkpoint is None or mars_name(self.args) is None:
+            load(self, checkpoint)
+            return
+        from .checkpoints import ResumeError
+        from .resuming import apply_given
 
+        try:
+            load(self, checkpoint)
             apply_given(self)
+        except ValueError as error:
+            raise ResumeError(f"{checkpoint}: {error}") from error
 
     return load_then_apply
 
@@ -248,10 +294,12 @@ def _told(get_norm: Callable[..., Any]) -> Callable[..., Any]:
     return get_norm_and_tell
 
 
-def _add_to_trainer_with_diagnostics(trainer: ModuleType) -> None:
+# ---- transformers.trainer: diagnostics in every Trainer, where they are asked for ----
+
+
+def _add_diagnostics(trainer: ModuleType) -> None:
     from .callbacks import MarsDiagnosticsCallback
 
-    _add_to_trainer(trainer)
     if MarsDiagnosticsCallback not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(MarsDiagnosticsCallback)
 

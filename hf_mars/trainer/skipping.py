@@ -1,4 +1,4 @@
-"""Steps that a Trainer's optimizer skips, since a gradient is not finite: by which norm, and when they are too many."""
+"""Steps that a Trainer's optimizer skips, as a gradient is not finite: by which norm, and when they are too many."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_finite(trainer: Trainer, model: nn.Module) -> None:
     mars = mars_optimizer(trainer.optimizer)
     if mars is None or not will_log(trainer.args, trainer.state, trainer.callback_handler.train_dataloader):
         return
-    names = {param: name.removeprefix("module.") for name, param in model.named_parameters()}
+    names: dict[Tensor, str] = {param: name.removeprefix("module.") for name, param in model.named_parameters()}
     if bad := not_finite(mars, "exp_avg"):
         raise NotFiniteError(
             f"step {trainer.state.global_step + 1}: the momentum of {_named(bad, names)} is not finite and would stay "

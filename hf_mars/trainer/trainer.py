@@ -11,14 +11,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ..optim.mars import Mars
 from .arguments import MarsTrainingArguments
 from .callbacks import MarsDiagnosticsCallback, mars_optimizer
 from .checkpoint_saving import checkpoint_to_load, whole_checkpoint
 from .names import mars_name
-from .options import optimizer_cls_and_kwargs
+from .options import hyperparameters, optimizer_cls_and_kwargs
 from .signals import StopOnSignal
+
+logger = logging.get_logger(__name__)
 
 
 class _Update(NamedTuple):
@@ -32,7 +35,8 @@ class _Update(NamedTuple):
 class MarsTrainer(Trainer):
     """A drop-in `transformers.Trainer` that also trains with `optim_args="exact=true"`.
 
-    With any other setting it gives the same run as the stock Trainer, bit for bit. In exact mode all micro-batches of
+    With any other setting it gives the same run as the stock Trainer, bit for bit, but that it takes no step where the
+    checkpoint that it resumes has all of them: Trainer takes one more each time. In exact mode all micro-batches of
     an update are first evaluated at x_{t−1}, then at x_t, each time with the same random numbers (dropout), loss
     scaling and clipping by the evaluation's own global norm. Logged loss, gradient norm and token counts are those of
     the evaluation at x_t; total_flos counts both.
@@ -54,10 +58,15 @@ class MarsTrainer(Trainer):
         model, args and the rest: as for `Trainer`; `args` defaults to `MarsTrainingArguments("tmp_trainer")`.
 
     Raises:
-        ValueError: when training starts, in exact mode: fp16, whose gradient scaler rescales only one of the two
-            evaluations. Engines that MARS does not work with are refused when `args` are made
-            (`hf_mars.trainer.engines.check_engine`).
+        ValueError: `optimizers` brings one that is not in exact mode, but `args` ask for it; or, when training starts,
+            in exact mode, accelerate's fp16, whose gradient scaler rescales only one of the two evaluations. Engines
+            that MARS does not work with are refused when `args` are made (`hf_mars.trainer.engines.check_engine`).
+
+    Attributes:
+        is_finished: after training has begun, whether there was no step left to take.
     """
+
+    is_finished = False
 
     def __init__(
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
@@ -68,6 +77,7 @@ class MarsTrainer(Trainer):
         self.previous_norm: torch.Tensor | float | None = None  # of the gradients at x_{t−1}
         self._pushes: list[str] | None = None  # checkpoints to push once they are whole; None: at once
         super().__init__(model, args, *rest, **kwargs)
+        self._check_own_optimizer()
         self.add_callback(_UpdateBegins(self))
         self._stop_on_signal = StopOnSignal()
         self.add_callback(self._stop_on_signal)
@@ -80,6 +90,21 @@ class MarsTrainer(Trainer):
         if mars_name(args) is None:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_cls_and_kwargs(args, model)
+
+    def _check_own_optimizer(self) -> None:
+        """Refuse an optimizer of the user's that would silently leave out the exact mode that `args` ask for."""
+        if self.optimizer is None or mars_name(self.args) is None or self._exact_optimizer() is not None:
+            return
+        if hyperparameters(self.args).get("exact"):
+            raise ValueError(
+                f"optim_args={self.args.optim_args!r} asks for exact mode, but optimizers= brings a "
+                f"{type(self.optimizer).__name__} that is not in it; leave out one of the two"
+            )
+        if self.args.optim_args:
+            logger.warning(
+                f"optim_args={self.args.optim_args!r} has no effect: optimizers= brings the optimizer, "
+                f"{type(self.optimizer).__name__}"
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`; in exact mode the optimizer starts without a previous point's gradients.
@@ -118,6 +143,24 @@ class MarsTrainer(Trainer):
         checkpoint = checkpoint_to_load(self.args, resume_from_checkpoint)
         with self._stop_on_signal.listening():
             return super().train(checkpoint, *args, **kwargs)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        progress = super()._init_training_state(*args, **kwargs)
+        self.is_finished = self.state.global_step >= self.state.max_steps
+        if self.is_finished:
+            logger.info(f"step {self.state.global_step} of {self.state.max_steps}: there is nothing left to train")
+        return progress
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer asks only after a step whether a run is at its end.
+        if self.is_finished:
+            self.control.should_training_stop = True  # a stream has epochs without end
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if not (self.is_finished and "train_loss" in logs):  # the loss of no step would be logged as 0
+            super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

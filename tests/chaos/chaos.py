@@ -111,7 +111,7 @@ class Chaos:
     def check(self, setup, codes, folder, attack):
         """Each process ends well, by its signal, by a kill of the launcher's or ours; anything else is unexpected."""
         allowed = {0, -9, *(128 + signum for signum in SIGNALS), *(-signum for signum in SIGNALS)}
-        if -9 in codes:  # what a launcher would end
+        if any(code < 0 for code in codes):  # what a launcher would end
             allowed.add(LOST)
         if not set(codes) <= allowed:
             self.counts["unexpected ends"] += 1

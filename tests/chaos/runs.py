@@ -96,6 +96,9 @@ def _fork(setup, folder, rank, port, moment):
                 MASTER_PORT=port,
             )
         code = _run(setup, folder, rank, moment)
+    except KeyboardInterrupt:  # of a signal that came before training or after it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException as error:
         traceback.print_exc()
         if "gloo/transport" in str(error):

@@ -152,3 +152,18 @@ def test_weights_that_cannot_be_read(model_run, tmp_path, damage):
     os.truncate(path, path.stat().st_size // 2) if damage == "cut" else path.unlink()
     with pytest.raises(UsageError, match=f"--model_name_or_path {tmp_path}: its weights cannot be loaded"):
         main(run)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_optimizer(tmp_path, monkeypatch, capsys):
+    write_token_bin(tmp_path / "tokens.bin", np.arange(2000) % 200)
+    data = ("--train_file", str(tmp_path / "tokens.bin"), "--validation_split_percentage", "0", "--block_size", "16")
+    model = ("--config_overrides", f"{SIZES},vocab_size=300", "--output_dir", str(tmp_path / "out"), "--do_train")
+    steps = ("--save_steps", "1", "--resume_from_checkpoint", "auto", *QUIET)
+    main([*data, *model, "--optim", "mars_shampoo", "--max_steps", "1", *steps])
+    run = [*data, *model, "--optim", "mars_m", "--max_steps", "2", *steps]
+    monkeypatch.setattr(sys, "argv", ["run_clm.py", *run])
+    with pytest.raises(SystemExit) as end:
+        command("run_clm.py")
+    assert end.value.code == 2
+    assert "checkpoint-1: the checkpoint was saved with optim='mars_shampoo', but this run" in capsys.readouterr().err

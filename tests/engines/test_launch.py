@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from clm_helpers import QUIET, log_history, run_clm, run_main
+from engine_helpers import NEEDS_DEEPSPEED
 from launch_helpers import ROOT, TESTS, run, run_together
 from nodes_worker import BLOCKS
 
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.timeout(600)  # a test may set up two runs, each with a
 
 LAUNCH = ROOT / "docs" / "launch"
 CONFIGS = sorted(path.name for path in LAUNCH.glob("*.yaml"))
-SIZES = {"ddp_8.yaml": (1, 8)}  # (nodes, processes); two nodes with eight each if not here
+# (nodes, processes); two nodes with eight each if not here
+SIZES = {"ddp_8.yaml": (1, 8), "zero3_8.yaml": (1, 8)}
 
 
 # ---- the files ----
@@ -52,11 +53,11 @@ def test_fsdp_is_version_2():
         assert not config or (config["fsdp_version"], config["fsdp_offload_params"]) == (2, False)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_leaves_the_optimizer_to_the_script(stage):
-    """A configuration with an optimizer of its own, or one that is offloaded, would not run MARS."""
-    config = load_config_from_file(str(LAUNCH / f"zero{stage}_2x8.yaml")).deepspeed_config
-    assert config["zero_stage"] == stage
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("zero")])
+def test_deepspeed_leaves_the_optimizer_to_the_script(name):
+    """A configuration with an optimizer of its own would not run MARS."""
+    config = load_config_from_file(str(LAUNCH / name)).deepspeed_config
+    assert name.startswith(f"zero{config['zero_stage']}_")
     assert config["offload_optimizer_device"] == config["offload_param_device"] == "none"
     assert not {"deepspeed_config_file", "optimizer", "scheduler"} & set(config)
 
@@ -141,18 +142,41 @@ def test_one_launch_of_two_processes_equals_one_process(one_process, tmp_path):
     check_same_run(tmp_path / "out", one_process, printed)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_a_launch_with_deepspeed_equals_one_process(tmp_path):
-    unclipped = ["--optim", "mars_adamw", "--learning_rate", "0.003", "--optim_args", "max_norm=none"]
-    batch = ["--per_device_train_batch_size", str(TOTAL_BATCH), "--per_device_eval_batch_size", str(TOTAL_BATCH)]
-    run_clm.main([*RUN, *batch, *unclipped, "--output_dir", str(tmp_path / "one"), *QUIET])
-    options = ["--config_file", str(LAUNCH / "zero2_2x8.yaml"), "--num_processes", "2", "--num_machines", "1"]
+def deepspeed_launch(config, *arguments):
+    """A launch of two processes with a file of docs/launch/ that has DeepSpeed."""
+    options = ["--config_file", str(LAUNCH / config), "--num_processes", "2", "--num_machines", "1"]
     options += ["--mixed_precision", "no", "--main_process_port", "0"]
-    launch = [*accelerate_launch(*options, processes=2, output_dir="out"), *unclipped]
-    (printed,) = run_together(lambda port: [({"DS_ACCELERATOR": "cpu"}, launch)], tmp_path)
+    launch = [*accelerate_launch(*options, processes=2, output_dir="out"), *arguments]
+    return [({"DS_ACCELERATOR": "cpu"}, launch)]
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
+def test_a_launch_with_deepspeed_equals_one_process(one_process, tmp_path):
+    (printed,) = run_together(lambda port: deepspeed_launch("zero2_2x8.yaml"), tmp_path)
     assert "You are using ZeRO with an untested optimizer" in printed  # one that is not DeepSpeed's own
+    check_same_run(tmp_path / "out", one_process, printed)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@NEEDS_DEEPSPEED
+def test_a_launch_with_stage_3_equals_one_process(one_process, tmp_path):
+    """mars_m on a model that is there: a new one gets other weights in shards."""
+    more = ["--optim", "mars_m", "--optim_args", "max_norm=1", "--model_name_or_path", str(one_process)]
+    batch = ["--per_device_train_batch_size", str(TOTAL_BATCH), "--per_device_eval_batch_size", str(TOTAL_BATCH)]
+    run_clm.main([*RUN, *batch, *more, "--output_dir", str(tmp_path / "one"), *QUIET])
+    (printed,) = run_together(lambda port: deepspeed_launch("zero3_8.yaml", *more), tmp_path)
     check_same_run(tmp_path / "out", tmp_path / "one", printed)
+
+
+def test_a_launch_that_hangs_is_run_again_and_shows_its_stacks(tmp_path):
+    script = (
+        "import pathlib, time\nif not pathlib.Path('ran').exists():\n  pathlib.Path('ran').touch()\n  time.sleep(60)"
+    )
+    with pytest.warns(UserWarning, match=r'(?s)hung.*File "<string>", line 4'):
+        codes, _ = run(lambda port: [({}, [sys.executable, "-c", script])], tmp_path, timeout=5)
+    assert codes == [0]
 
 
 def two_nodes(address, port):

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from trainer_helpers import losses, make_trainer, train, weights
 from transformers import Trainer
 
@@ -250,3 +251,15 @@ def test_begin_takes_the_proof_away(run_dir):
     begin(run_dir / "checkpoint-6")
     assert read_manifest(run_dir / "checkpoint-6") is None
     assert fault(run_dir / "checkpoint-6") == "was not saved to its end"
+
+
+def test_a_run_that_has_all_its_steps_takes_no_other(tmp_path):
+    """Killed after its last checkpoint, before its end."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    done = make_trainer(tmp_path, **settings)
+    done.train()
+    again = make_trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3 and again.is_finished and not done.is_finished
+    assert losses(again) == losses(done)
+    assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(done), strict=True))

@@ -85,7 +85,9 @@ def _polynomial(gram: Tensor) -> Tensor:
 STACKED = 1 << 26
 STACKED_ON_CPU = 5_000_000
 
-CPU_HAS_BFLOAT16_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+CPU_HAS_BFLOAT16_UNITS = any(
+    getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+)
 # Below it, products are too small for these units to pay.
 MIN_BFLOAT16 = 128
 

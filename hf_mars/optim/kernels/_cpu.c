@@ -448,7 +448,7 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
             for (int r = 0; r < threads; r++)
                 if (step.largest[r * step.count + k] > largest)
                     largest = step.largest[r * step.count + k];
-            PyList_SET_ITEM(finite, k, PyBool_FromLong(largest < INFINITE));
+            PyList_SetItem(finite, k, PyBool_FromLong(largest < INFINITE));
         }
     } else {
         Py_CLEAR(finite);
