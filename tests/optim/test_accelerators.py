@@ -114,7 +114,7 @@ class Words(TorchDispatchMode):
 
 @pytest.mark.parametrize("max_norm, words", [(None, 12), (1.0, 20)])
 def test_words_that_the_composed_step_moves(max_norm, words):
-    """As docs/performance.md says: 3 for c_t, 7 for AdamW, 2 for the copy of g_t; with the clip 1 for the norm, 2 for it,
+    """As docs/performance.md says: 3 for c_t, 7 for AdamW, 2 for the copy of g_t; with the clip 1 and 2,
     and 5 more to leave g_{t−1} as it is where the step is skipped, which the host does not know."""
     param = torch.nn.Parameter(torch.empty(10, 100, device="meta"))
     optimizer = MarsAdamW([param], max_norm=max_norm)
