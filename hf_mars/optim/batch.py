@@ -41,6 +41,7 @@ class Batch:
     is_whole: bool = True  # this process holds all of every parameter
     adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
     replicas: Ranks | None = None  # ranks that hold equal parameters and gradients, where that is known
+    plan: Any = None  # what kernels know of its tensors
 
     @property
     def kappa(self) -> float:
@@ -91,10 +92,17 @@ class Batch:
             count += size
         yield self._piece(slice(start, None))
 
+    def subset(self, places: list[int]) -> Batch:
+        """The same of the parameters at some places alone."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        lists = {name: value for name, value in values.items() if isinstance(value, list) and value}
+        values.update({name: [value[i] for i in places] for name, value in lists.items()})
+        return replace(self, **{**values, "plan": None})
+
     def _piece(self, chosen: slice) -> Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values.update({name: value[chosen] for name, value in values.items() if isinstance(value, list)})
-        return replace(self, **values)
+        return replace(self, **{**values, "plan": None})
 
 
 def collect(
@@ -135,6 +143,8 @@ def collect(
 
 def _alike(params: list[Tensor]) -> list[list[Tensor]]:
     """Lists of parameters of one dtype on one device: mostly one."""
+    if len({(param.dtype, param.device) for param in params}) == 1:
+        return [params]
     lists: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for param in params:
         lists.setdefault((param.dtype, param.device), []).append(param)
@@ -151,14 +161,15 @@ def _batch(
     originals: Originals,
     made: list[Made],
 ) -> Batch:
-    for param in params:
-        if param.grad is not None and param.grad.is_sparse:
+    own_grads: list[Any] = [param.grad for param in params]  # hundreds of small tensors take as long as their step
+    for grad in own_grads:
+        if grad.is_sparse:
             raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
     complete = state_keys(params[0].dtype, group, form)
     # Flat tensors have several parts; below, every list has an entry per part.
     parts_of_each = [originals.parts_of(param, group) for param in params]
-    for param in params:
-        own = state[param]
+    states = [state[param] for param in params]
+    for param, own in zip(params, states, strict=True):
         if own.keys() != complete or forms.get(param) is not form:
             before = frozenset(own)
             make_state(param, own, group, form)
@@ -166,18 +177,22 @@ def _batch(
                 made.append((param, before))
             forms[param] = form
     is_adamw = group["update"] == "adamw"
-    steps = [state[param]["step"] for param in params] if is_adamw else []
+    steps = [own["step"] for own in states] if is_adamw else []
     if any(len(own) != 1 for own in parts_of_each):
         # A flat tensor has one t for all: it serves the first part, copies of it the others.
         counts = [len(own) for own in parts_of_each]
         steps = [s for step, n in zip(steps, counts, strict=False) for s in (step, *step.repeat(n - 1).unbind())]
         params = [param for param, n in zip(params, counts, strict=True) for _ in range(n)]
+        states = [state[param] for param in params]
     parts = [part for own in parts_of_each for part in own]
     is_whole = all(part is WHOLE for part in parts)
-    states = [state[param] for param in params]
-    grads = [part.of(param.grad) for part, param in zip(parts, params, strict=True) if param.grad is not None]
+    grads = own_grads
     if not is_whole:  # an engine's buffers; which execution takes a part must not depend on the rank
-        grads = [grad.contiguous() for grad in grads]
+        grads = [
+            part.of(param.grad).contiguous()
+            for part, param in zip(parts, params, strict=True)
+            if param.grad is not None
+        ]
 
     def kept(key: str) -> list[Tensor]:
         if is_whole:  # hundreds of small tensors take as long as their step

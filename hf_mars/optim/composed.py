@@ -21,6 +21,7 @@ from .algorithm.shampoo import shampoo, update_scale
 from .batch import Batch
 from .form import Form
 from .host import is_captured, reads_are_free
+from .kernels import gpu
 from .last_grad import LastNorms
 from .precision import needs_wide_copies, widened
 from .sharding import norms_of_wholes, on_whole_matrices
@@ -34,11 +35,6 @@ ORTHOGONALISED_AT_A_TIME = 1 << 26
 
 # ‖c_t‖₂ of the tensors of a batch: numbers where the host may look at them, else 0-d tensors; None: not wanted.
 Norms = list[float] | list[Tensor] | None
-
-
-def why_not(batch: Batch) -> str | None:
-    """None: this execution takes every batch."""
-    return None
 
 
 class Corrected(NamedTuple):
@@ -114,7 +110,7 @@ def _update_by(batch: Batch, corrected: Corrected, skip: Skip) -> None:
     # c̃_t = c_t / max(1, ‖c_t‖₂ / max_norm)
     max_norm = batch.group["max_norm"]
     if max_norm is not None and norms is not None:
-        c = clipped(c, norms, max_norm, in_place=batch.previous_grads is not None)
+        c = _clipped(c, norms, max_norm, in_place=batch.previous_grads is not None)
     # m_t, v_t and x_{t+1}
     if _takes_wide_copies(batch):
         averages = [batch.exp_avgs, batch.exp_avg_sqs]
@@ -196,7 +192,7 @@ def _at_a_time(batch: Batch) -> int:
     return ORTHOGONALISED_AT_A_TIME * sharers
 
 
-# ---- norms ----
+# ---- norms and the clip ----
 
 
 def _norms(batches: list[Batch], corrected: list[list[Tensor]]) -> list[Norms]:
@@ -213,6 +209,15 @@ def _norms(batches: list[Batch], corrected: list[list[Tensor]]) -> list[Norms]:
         norms = [next(values) for _ in c]
         result.append([norm.item() for norm in norms] if reads_are_free(c) else norms)
     return result
+
+
+def _clipped(c: list[Tensor], norms: Norms, max_norm: float, *, in_place: bool) -> list[Tensor]:
+    """`correction.clipped`, in a kernel of ours that leaves alone what is not clipped, where there is one."""
+    if norms is None or not isinstance(norms[0], Tensor) or not gpu.divides(c):
+        return clipped(c, norms or [], max_norm, in_place=in_place)
+    c = c if in_place else list(torch._foreach_mul(c, 1.0))
+    gpu.divide(c, (torch.stack(norms) / max_norm).clamp_(min=1.0))
+    return c
 
 
 def _is_corrected_early(batch: Batch) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -20,14 +21,11 @@ class Execution(Protocol):
     @property
     def __name__(self) -> str: ...
 
-    def why_not(self, batch: Batch, /) -> str | None:
-        """Why `step` cannot take `batch`; None if it can."""
-
     def measure(self, batches: list[Batch], last_norms: LastNorms, skip: Skip, /) -> Any:
         """What must be known of whole tensors before anything is changed: norms, for the clip. Changes nothing.
 
         Args:
-            batches: those that `why_not` has no objection to.
+            batches: what it can take, as `gpu.split` and `cpu.why_not` say; the composition takes every batch.
             last_norms: the known ‖g_{t−1}‖₂, which are taken.
             skip: gets the norms that are measured anyway, unless it is decided.
 
@@ -57,26 +55,33 @@ def by_execution(batches: list[Batch], taken: dict[str, dict[str, None]]) -> lis
     """
     chosen: dict[str, tuple[Execution, list[Batch]]] = {}
     for batch in batches:
-        execution, why_not = choose(batch)
-        if not torch.compiler.is_compiling():
-            words = _NAMES[execution.__name__] + (f" ({why_not})" if why_not else "")
-            taken.setdefault(batch.group["kind"], {})[words] = None
-        chosen.setdefault(execution.__name__, (execution, []))[1].append(batch)
+        for execution, some, why_not in _shares(batch):
+            if not torch.compiler.is_compiling():
+                words = _NAMES[execution.__name__] + (f" ({why_not})" if why_not else "")
+                taken.setdefault(batch.group["kind"], {})[words] = None
+            chosen.setdefault(execution.__name__, (execution, []))[1].append(some)
     return list(chosen.values())
 
 
-def choose(batch: Batch) -> tuple[Execution, str | None]:
-    """The execution for a batch; and, where that is the composition, the reason that no kernel takes it."""
+def _shares(batch: Batch) -> Iterator[tuple[Execution, Batch, str | None]]:
+    """What of a batch kernels take, and the rest, which is composed, with the reason."""
     if torch.compiler.is_compiling():
-        return composed, "the compiler fuses torch's kernels by itself"
+        yield composed, batch, "the compiler fuses torch's kernels by itself"
+        return
     device = batch.params[0].device
+    rest: Batch | None = batch
     why_not: str | None = f"there are no kernels for {device.type}"
-    for kernels in (gpu, cpu):
-        if kernels.is_for(device):
-            why_not = kernels.why_not(batch)
-            if why_not is None:
-                return kernels, None
-    return composed, why_not
+    if gpu.is_for(device):
+        taken, rest, why_not = gpu.split(batch)
+        if taken is not None:
+            yield gpu, taken, None
+    elif cpu.is_for(device):
+        why_not = cpu.why_not(batch)
+        if why_not is None:
+            yield cpu, batch, None
+            return
+    if rest is not None:
+        yield composed, rest, why_not
 
 
 _NAMES = {composed.__name__: "torch's kernels", cpu.__name__: "the compiled step", gpu.__name__: "Triton's kernels"}

@@ -99,6 +99,7 @@ class LastNorms:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Any]] = {}
+        self._vectors: dict[int, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], Tensor, int]] = {}
         self._trusted = hasattr(torch._C, "_data_address")  # without it, norms are measured anew
 
     def take(self, last_grads: list[Tensor]) -> list[Any]:
@@ -116,10 +117,30 @@ class LastNorms:
             for last_grad, norm in zip(last_grads, norms, strict=True):
                 self._known[id(last_grad)] = weakref.ref(last_grad), _contents(last_grad), norm
 
+    def take_vector(self, last_grads: list[Tensor], stream: int) -> Tensor | None:
+        """The norms of all of `last_grads` in one tensor, as `remember_vector` got them; they are then forgotten.
+
+        None where they are not known, are those of other tensors or in another order, or were written on another
+        stream of the device, whose memory may be reused by now.
+        """
+        known = self._vectors.pop(id(last_grads[0]), None) if last_grads else None
+        if known is None or known[3] != stream or len(known[0]) != len(last_grads):
+            return None
+        references, contents, norms, _ = known
+        are_the_same = all(reference() is t for reference, t in zip(references, last_grads, strict=True))
+        return norms if are_the_same and contents == [_contents(t) for t in last_grads] else None
+
+    def remember_vector(self, last_grads: list[Tensor], norms: Tensor, stream: int) -> None:
+        """The norms that `take_vector` is to return: one tensor on the device, which the host need not look at."""
+        if self._trusted:
+            references = [weakref.ref(t) for t in last_grads]
+            self._vectors[id(last_grads[0])] = references, [_contents(t) for t in last_grads], norms, stream
+
     def distrust(self) -> None:
         """Never remember anything again: a captured graph will write to g_{t−1} whenever it is replayed."""
         self._trusted = False
         self._known.clear()
+        self._vectors.clear()
 
 
 def _contents(tensor: Tensor) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from .exact import PreviousPoint
 from .execution import by_execution, fused_in_effect
 from .form import Form
 from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
+from .host import check_captured
 from .hyperparameters import check_hyperparameters, dtype_name
 from .last_grad import LastNorms
 from .sharding import Originals, Ranks, whole_value
@@ -49,7 +50,7 @@ class Mars(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
+        lr: float | Tensor = 3e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -126,12 +127,14 @@ class Mars(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse; or an engine has flattened matrices that the update needs whole; or, in
-                exact mode, the gradient at x_{t−1} was not evaluated.
+                exact mode, the gradient at x_{t−1} was not evaluated; or a CUDA graph is captured, and `lr` is not a
+                tensor on the device, or the host counts the steps (`fused=False`).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_captured(self.param_groups)
         self._previous_point.check(self.param_groups, self.state)
         told, self._told_norms = self._told_norms, ()
         norms = told or norms_to_skip_by(self.param_groups, self.previous_grads, self._originals)
@@ -359,7 +362,7 @@ def settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in others}
 
 
-def plain_rate(settings: dict[str, Any]) -> float:
+def plain_rate(settings: dict[str, Any]) -> float | Tensor:
     """The learning rate of what gets no matrix update: `lr_1d`; by default lr where that is AdamW's own, else lr/2."""
     if settings["lr_1d"] is not None:
         return settings["lr_1d"]

@@ -17,7 +17,7 @@ from .form import Form, form_of_a_loaded_state, form_of_settings
 from .groups import Group, check_not_flattened
 from .hyperparameters import check_hyperparameters, dtype_of
 from .last_grad import keep
-from .precision import AVERAGES, needs_compensation
+from .precision import AVERAGES, dtype_of_squares, needs_compensation
 from .sharding import part_of
 from .skipping import Skip
 
@@ -42,7 +42,8 @@ def state_keys(dtype: torch.dtype, group: Group, form: Form) -> set[str]:
 def state_dtype(key: str, param: Tensor, group: Group) -> torch.dtype:
     """The dtype that `group` wants a state of `param` in."""
     setting = {"last_grad": "last_grad_dtype", "exp_avg": "state_dtype", "exp_avg_sq": "state_dtype"}.get(key)
-    return (setting and dtype_of(group[setting])) or param.dtype
+    wanted = dtype_of(group[setting]) if setting else None
+    return wanted or (dtype_of_squares(param.dtype) if key == "exp_avg_sq" else param.dtype)
 
 
 def decide_form(group: Group, state: Mapping[Tensor, State], forms: Mapping[Tensor, Form]) -> Form:

@@ -31,7 +31,7 @@ class MarsAdamW(Mars):
     Args:
         params: iterable of parameters, of (name, parameter) pairs, or of param_groups; every setting below may differ
             between groups.
-        lr: learning rate η, at least 0.
+        lr: learning rate η, at least 0; a 0-d tensor of it where CUDA graphs are captured.
         betas: (β1, β2), each in [0, 1).
         eps: ε, at least 0.
         weight_decay: λ, decoupled, at least 0.
@@ -71,7 +71,7 @@ class MarsAdamW(Mars):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
+        lr: float | Tensor = 3e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -144,7 +144,7 @@ class MarsShampoo(Mars):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
+        lr: float | Tensor = 3e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

@@ -30,7 +30,10 @@ def adamw(
     (`exp_avg_sqs`) and t (`steps`, 0-d float32); not `c`. Where `flag` is raised, a float32 number on the device, a
     fused kernel changes nothing; the others take none.
     """
-    compiling = torch.compiler.is_compiling()  # the compiler fuses by itself, and cannot look into a fused kernel
+    if torch.compiler.is_compiling():
+        # The compiler fuses by itself, and cannot look into a fused kernel: vertically, and on accelerators, of lists,
+        # horizontally too, where one launch per tensor would cost more than its work.
+        foreach, fused = not params[0].is_cpu, False
     torch_adamw(
         params,
         c,
@@ -38,8 +41,8 @@ def adamw(
         exp_avg_sqs,
         [],
         steps,
-        foreach=False if compiling else foreach,
-        fused=False if compiling else fused,
+        foreach=foreach,
+        fused=fused or None,  # with False, torch would not choose foreach by itself
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

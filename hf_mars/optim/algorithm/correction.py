@@ -6,6 +6,7 @@ Lists run over tensors that are updated alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -77,29 +78,41 @@ def momentum(exp_avgs: list[Tensor], c: list[Tensor], *, beta1: float, gamma: fl
 
 
 def move(
-    params: list[Tensor], updates: list[Tensor], *, rates: list[float], decay: float, flag: Tensor | None
+    params: list[Tensor],
+    updates: list[Tensor],
+    *,
+    rates: Sequence[float | Tensor],
+    decay: float | Tensor,
+    flag: Tensor | None,
 ) -> None:
     """x ← decay · x − rate · update of every tensor, with a rate each; nothing where `flag` is raised.
 
     Args:
         params: x. Modified.
         updates: finite, of the same shapes.
-        rates: η times the update's scale.
-        decay: 1 − ηλ.
+        rates: η times the update's scale; 0-d tensors where η is one.
+        decay: 1 − ηλ, likewise.
         flag: None, or a number on the device: 1 where nothing is to change, else 0.
     """
+    numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+    if isinstance(decay, Tensor) or len(numbers) < len(rates):  # where η is a tensor
+        scale = decay if flag is None else torch.where(flag > 0, 1.0, decay)
+        for x, update, rate in zip(params, updates, rates, strict=True):
+            own = rate if flag is None else rate * (1 - flag)
+            x.mul_(scale).addcmul_(update, torch.as_tensor(own).to(x.dtype), value=-1)
+        return
     if flag is None:
         if decay != 1:
             torch._foreach_mul_(params, decay)
-        if len(set(rates)) == 1:
-            torch._foreach_add_(params, updates, alpha=-rates[0])
+        if len(set(numbers)) == 1:
+            torch._foreach_add_(params, updates, alpha=-numbers[0])
             return
-        for x, update, rate in zip(params, updates, rates, strict=True):
+        for x, update, rate in zip(params, updates, numbers, strict=True):
             x.add_(update, alpha=-rate)
         return
     on = 1 - flag
     factor = torch.where(flag > 0, 1.0, decay)
-    for x, update, rate in zip(params, updates, rates, strict=True):
+    for x, update, rate in zip(params, updates, numbers, strict=True):
         x.mul_(factor).addcmul_(update, on.to(x.dtype), value=-rate)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,9 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     Returns:
         A tensor of the same shape, dtype and device. A zero matrix gives zeros.
 
-    Accelerators compute in bfloat16, which the iteration tolerates by design, and so do CPUs with bfloat16 units from
-    MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to six times (AMX) faster. Other CPUs compute in
-    float32. float64 stays float64.
+    Accelerators compute in bfloat16, which the iteration tolerates by design (see `_accelerators_dtype` for those that
+    cannot), and so do CPUs with bfloat16 units from MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to
+    six times (AMX) faster. Other CPUs compute in float32. float64 stays float64.
     """
     return orthogonalize([matrix], steps)[0].to(matrix.dtype)
 
@@ -32,12 +34,14 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
     """The same for tensors of one shape (…, m, n), m ≤ n, in batched products: fewer launches, busier cores."""
     x = torch.stack(matrices)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # Rounded before all else, so that matrices may be sent in bfloat16.
+    # Rounded before all else, so that matrices may be sent in bfloat16. float16's range wants unit norm first.
     x = x.to(torch.bfloat16 if has_bfloat16(x) and in_bfloat16(x.shape, x) else dtype)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
+    if _takes_float16(x):
+        x = x.half()
 
     x = x.flatten(0, -3)
     pairs = steps // 2 if x.shape[-1] >= WIDE * x.shape[-2] else 0
@@ -90,7 +94,7 @@ MIN_BFLOAT16 = 128
 
 def has_bfloat16(like: Tensor) -> bool:
     """Whether the device of `like` has units for products in bfloat16."""
-    return not like.is_cpu or CPU_HAS_BFLOAT16_UNITS
+    return CPU_HAS_BFLOAT16_UNITS if like.is_cpu else _accelerators_dtype(like.device) == torch.bfloat16
 
 
 def in_bfloat16(shape: torch.Size, like: Tensor) -> bool:
@@ -99,6 +103,28 @@ def in_bfloat16(shape: torch.Size, like: Tensor) -> bool:
     `like` has their dtype and device.
     """
     return like.dtype != torch.float64 and (not like.is_cpu or min(shape[-2:]) >= MIN_BFLOAT16)
+
+
+@functools.cache
+def _accelerators_dtype(device: torch.device) -> torch.dtype:
+    """What matrix units of `device` multiply with sums in float32.
+
+    NVIDIA's know bfloat16 from compute capability 8.0 on, and float16 alone at 7.x, where bfloat16 is emulated. That
+    does as well: entries are at most 1, of unit Frobenius norm, so that in 4,096² of them the root mean square is 4
+    times float16's smallest normal number, and three more bits are kept. Metal does not say how it adds float16 up,
+    and has no bfloat16 before macOS 14.
+    """
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "cuda" and torch.version.hip is None:
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    return torch.bfloat16
+
+
+def _takes_float16(matrix: Tensor) -> bool:
+    is_half = not matrix.is_cpu and _accelerators_dtype(matrix.device) == torch.float16
+    return is_half and matrix.dtype != torch.float64
 
 
 def orthogonalize_svd(matrix: Tensor) -> Tensor:

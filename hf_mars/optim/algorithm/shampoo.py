@@ -17,7 +17,7 @@ def shampoo(
     c: list[Tensor],
     exp_avgs: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     weight_decay: float,
     gamma: float,

@@ -6,7 +6,7 @@ Two services need whole parameters: `norms_of_wholes` (and `norms_of_squares`), 
 for orthogonalisation.
 """
 
-from .agreement import all_ranks_can
+from .agreement import all_ranks_can, is_one_of_several
 from .gathered import drop_gathered
 from .matrices import on_whole_matrices
 from .norms import add_up, norms_of_squares, norms_of_wholes, whole_value
@@ -21,6 +21,7 @@ __all__ = [
     "add_up",
     "all_ranks_can",
     "drop_gathered",
+    "is_one_of_several",
     "norms_of_squares",
     "norms_of_wholes",
     "on_whole_matrices",

@@ -31,3 +31,8 @@ def all_ranks_can(what: str, able: bool, groups: Iterable[Ranks], device: torch.
             answers[what] = bool(answer.item())
         able = able and answers[what]
     return able
+
+
+def is_one_of_several() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
