@@ -40,7 +40,10 @@ USES = {
     "_is_view": (torch.Tensor, "gradients that are views: optim/exact.py, optim/last_grad.py"),
     "_version": (torch.Tensor, "known norms: optim/last_grad.py"),
     "_ConvNd": (torch.nn.modules.conv, "layouts of convolutions: optim/groups.py"),
-    "_module_state_mapping": (torch.distributed._composable_state, "exact mode with FSDP2: optim/sharding/gathered.py"),
+    "_module_state_mapping": (
+        torch.distributed._composable_state,
+        "exact mode with FSDP2: optim/sharding/gathered.py",
+    ),
     "_cdata": (torch.UntypedStorage(1), "owners of gradients: optim/last_grad.py"),
     "_C": (torch, "owners of gradients: optim/last_grad.py"),
     "_lazy_clone": (torch, None),
