@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_mars.sweep.compare import ENOUGH_EVALUATIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 PLANS = ROOT / "benchmarks" / "plans"
 RUN_CLM = ROOT / "run_clm.py"
@@ -103,10 +105,10 @@ def sweep(arguments: argparse.Namespace) -> list[str]:
 
 
 def kept(rows: list[dict[str, Any]]) -> str:
-    """The rows of a sweep, one on each line, without training curves and without the names of folders."""
-    unwanted = ("training", "folder", "stderr", "key")
+    """The rows of a sweep, one on each line, without the names of folders; training curves where no others serve."""
     lines = []
     for row in rows:
+        unwanted = ["folder", "stderr", "key"] + ["training"] * (len(row["evaluation"]) >= ENOUGH_EVALUATIONS)
         row = {name: value for name, value in row.items() if name not in unwanted}
         row["command"] = [Path(word).name if word.startswith("/") else word for word in row["command"]]
         row["evaluation"] = [[step, round(loss, 5), round(s, 2), n] for step, loss, s, n in row["evaluation"]]
