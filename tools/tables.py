@@ -150,7 +150,12 @@ def differences(name: str) -> str:
     comparison = compare(rows, sorted(labels, key=lambda label: not label.startswith("mars_")))
     head = ["", "seeds", "loss", f"difference from {comparison.baseline.label}"]
     lines = [
-        [s.label, str(len(s.losses)), f"{mean(s.losses):.3f}", "—" if s.difference is None else plus_minus(s.difference)]
+        [
+            s.label,
+            str(len(s.losses)),
+            f"{mean(s.losses):.3f}",
+            "—" if s.difference is None else plus_minus(s.difference),
+        ]
         for s in comparison.summaries
     ]
     return markdown(head, lines)
