@@ -2,11 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := hf_mars tests benchmarks examples tools docs run_clm.py setup.py
-PACKAGE := setup.py setup.cfg pyproject.toml constraints.txt $(shell find hf_mars -name '*.c')
+PACKAGE := setup.py setup.cfg pyproject.toml MANIFEST.in constraints.txt $(shell find hf_mars -name '*.c')
 # A worker per core; the tests of a file, which share its fixtures, stay together.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast test-engines quality style docs pictures matrix clean
+.PHONY: demo test test-fast test-engines chaos quality style docs pictures matrix factories package clean
 .NOTPARALLEL:
 
 # One environment; each target adds the extra of setup.cfg that it needs, and no more.
@@ -36,6 +36,12 @@ test-engines: $(VENV)/.with-test
 test-fast: $(VENV)/.with-test
 	$(PYTEST) -m "not slow"
 
+# Runs that are killed, stopped, torn and starved of disk space for that long, compared with undisturbed ones; fuzzing.
+MINUTES ?= 30
+chaos: $(VENV)/.with-test
+	HYPOTHESIS_PROFILE=chaos $(BIN)/python -m pytest tests/chaos/test_fuzz.py
+	$(BIN)/python tests/chaos/chaos.py --minutes $(MINUTES)
+
 # Format and lint, types, and the laws of imports (CONTRIBUTING.md).
 quality: $(VENV)/.with-quality
 	$(BIN)/ruff check $(SOURCES)
@@ -55,9 +61,18 @@ docs: $(VENV)/.with-docs
 pictures: $(VENV)/.with-plot
 	$(BIN)/python tools/draw.py
 
-# The integration's tests with the oldest, a middle and the newest transformers; writes docs/compatibility.md.
+# The integration's tests with the oldest, a middle and the newest transformers, and with every other Python that is
+# there; writes docs/compatibility.md.
 matrix:
 	$(PYTHON) tools/matrix.py
+
+# axolotl, LLaMA-Factory and ms-swift with MARS, each in an environment of its own.
+factories:
+	$(PYTHON) tools/factories.py
+
+# The sdist and the wheel in dist/, checked in environments of their own; see tools/package.py.
+package: $(VENV)/.with-package
+	$(BIN)/python tools/package.py
 
 clean:
 	rm -rf $(VENV) .matrix demo site build dist *.egg-info

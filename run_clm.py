@@ -8,9 +8,7 @@
 docs/run_clm.md describes every argument. Without a checkout, `python -m hf_mars.clm` does the same.
 """
 
-from hf_mars.clm.run import command, main
-
-__all__ = ["main"]
+from hf_mars.clm.start import command
 
 if __name__ == "__main__":
     command("run_clm.py")

@@ -1,34 +1,134 @@
-"""Time of a MARS-Shampoo step on several processes: work on whole matrices shared among ranks, and not.
+"""A step on several processes: work on whole matrices shared among ranks, and shards in the compiled kernels, or not.
 
     torchrun --standalone --nproc_per_node 2 benchmarks/sharded_step.py
 
-The hidden matrices of some layers of GPT-2 small, float32, replicated (DDP) or sharded by rows (FSDP2); one thread a
-process. The ways take turns; medians. Gloo on CPUs; NCCL where there is a GPU for every process.
+The hidden matrices of some layers of GPT-2 small, float32, replicated (DDP) or sharded by rows (FSDP2); one thread per
+process. The ways take turns; medians. Gloo on CPUs; NCCL where there is a GPU for every process. "Sent" is what a rank
+gives to collective operations, "launches" are calls of torch's operators, "extra peak" is what a step allocates.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import time
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from step_time import Memory
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_mars import MarsShampoo
-from hf_mars.optim.sharding import matrices as sharding
+from hf_mars import MarsAdamW, MarsShampoo
+from hf_mars.optim import composed, execution
+from hf_mars.optim.sharding import matrices
 
 
-def make(shapes, mesh, process_group):
+class Way(NamedTuple):
+    make: Callable  # an optimizer of parameters
+    is_sharded: bool
+    replaced: dict  # (module, name) -> what stands there meanwhile
+
+
+FLOAT32 = {(matrices, "all_ranks_can"): lambda *_: False, (composed, "ORTHOGONALISED_AT_A_TIME"): 1 << 62}
+COMPOSED = {(execution, "choose"): lambda batch: (composed, None)}
+
+
+def shampoo(params):
+    return MarsShampoo(params, process_group=dist.group.WORLD)
+
+
+def clipped(params):
+    return MarsAdamW(params, max_norm=1.0)
+
+
+WAYS = {
+    "MarsShampoo, replicated: every rank does everything": Way(MarsShampoo, False, {}),
+    "MarsShampoo, replicated: shared, float32 sent, all at once": Way(shampoo, False, FLOAT32),
+    "MarsShampoo, replicated: shared": Way(shampoo, False, {}),
+    "MarsShampoo, sharded: gathered on every rank": Way(
+        MarsShampoo, True, {(matrices, "_way"): lambda *_: (matrices._on_gathered,)}
+    ),
+    "MarsShampoo, sharded: each matrix on one rank, float32 sent, all at once": Way(MarsShampoo, True, FLOAT32),
+    "MarsShampoo, sharded: each matrix on one rank": Way(MarsShampoo, True, {}),
+    "MarsAdamW with the clip, sharded: composed": Way(clipped, True, COMPOSED),
+    "MarsAdamW with the clip, sharded: in the compiled step or the kernels": Way(clipped, True, {}),
+    "MarsAdamW, sharded: composed": Way(MarsAdamW, True, COMPOSED),
+    "MarsAdamW, sharded: in the compiled step or the kernels": Way(MarsAdamW, True, {}),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts calls of torch's operators inside the context."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += 1
+        return function(*arguments, **(keywords or {}))
+
+
+@contextlib.contextmanager
+def sent_bytes():
+    """What this rank sends inside the context, summed up in the list that is given."""
+    counts = [0]
+    with contextlib.ExitStack() as stack:
+        for name, place in (("all_reduce", 0), ("all_to_all_single", 1), ("all_gather_into_tensor", 1)):
+            original = getattr(dist, name)
+
+            def counted(*args, original=original, place=place, **keywords):
+                counts[0] += args[place].nbytes
+                return original(*args, **keywords)
+
+            stack.enter_context(mock.patch.object(dist, name, counted))
+        broadcast = dist.broadcast
+
+        def counted_broadcast(tensor, source, **keywords):
+            counts[0] += tensor.nbytes if source == dist.get_rank() else 0
+            return broadcast(tensor, source, **keywords)
+
+        stack.enter_context(mock.patch.object(dist, "broadcast", counted_broadcast))
+        yield counts
+
+
+@contextlib.contextmanager
+def replaced(replacements):
+    with contextlib.ExitStack() as stack:
+        for (module, name), value in replacements.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+def make(way, shapes, mesh):
     torch.manual_seed(0)
     tensors = [torch.randn(shape, device=mesh.device_type) for shape in shapes]
-    if process_group is None:
+    if way.is_sharded:
         tensors = [distribute_tensor(t, mesh, [Shard(0)]) for t in tensors]
-    params = [torch.nn.Parameter(t) for t in tensors]
-    for param in params:
-        param.grad = 1e-4 * torch.ones_like(param)
-    return MarsShampoo(params, process_group=process_group)
+    return way.make([torch.nn.Parameter(tensor) for tensor in tensors])
+
+
+def new_gradients(optimizer):
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = 1e-4 * torch.ones_like(param)
+
+
+def counts_of(optimizer, device):
+    """Bytes sent, launches and the extra peak of one step, each in a step of its own."""
+    new_gradients(optimizer)
+    with sent_bytes() as sent:
+        optimizer.step()
+    new_gradients(optimizer)
+    with Launches() as launches:
+        optimizer.step()
+    new_gradients(optimizer)
+    with Memory(device) as memory:
+        optimizer.step()
+    return sent[0], launches.count, max(0, memory.peak)
 
 
 def main():
@@ -42,35 +142,37 @@ def main():
     if on_gpu:
         torch.cuda.set_device(dist.get_rank())
     torch.set_num_threads(1)
-    mesh = init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     width = arguments.width
     shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * arguments.layers
-    shared_way = sharding._way
-    ways = {
-        "replicated, every rank does everything": (dist.group.WORLD, lambda *_: (sharding._on_every_rank,)),
-        "replicated, shared": (dist.group.WORLD, shared_way),
-        "sharded, gathered on every rank": (None, lambda *_: (sharding._on_gathered,)),
-        "sharded, each matrix on one rank": (None, shared_way),
-    }
-    optimizers = {name: make(shapes, mesh, group) for name, (group, _) in ways.items()}
-    seconds = {name: [] for name in ways}
+    optimizers = {name: make(way, shapes, mesh) for name, way in WAYS.items()}
+    seconds = {name: [] for name in WAYS}
     for t in range(arguments.steps + 1):
-        for name, (_, way) in ways.items():
-            sharding._way = way
-            dist.barrier()
-            start = time.perf_counter()
-            optimizers[name].step()
-            if on_gpu:
-                torch.cuda.synchronize()
-            dist.barrier()
+        for name, way in WAYS.items():
+            with replaced(way.replaced):
+                new_gradients(optimizers[name])
+                dist.barrier()
+                start = time.perf_counter()
+                optimizers[name].step()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                dist.barrier()
             if t > 0:
                 seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, way in WAYS.items():
+        with replaced(way.replaced):
+            sent, launches, peak = counts_of(optimizers[name], device)
+        elements = sum(torch.Size(shape).numel() for shape in shapes)
+        milliseconds = 1e3 * statistics.median(seconds[name])
+        rows.append(f"| {name} | {milliseconds:.0f} | {sent / 1e6:.1f} | {launches} | {peak / elements:.1f} |")
     if dist.get_rank() == 0:
-        device = torch.cuda.get_device_name() if on_gpu else "CPU, one thread per process"
-        print(f"torch {torch.__version__}, {dist.get_world_size()} processes, {device}, {len(shapes)} matrices")
-        print("\n| way | ms per step |\n| --- | --- |")
-        for name, values in seconds.items():
-            print(f"| {name} | {1e3 * statistics.median(values):.0f} |")
+        where = torch.cuda.get_device_name() if on_gpu else "CPU, one thread per process"
+        print(f"torch {torch.__version__}, {dist.get_world_size()} processes, {where}, {len(shapes)} matrices\n")
+        print("| way | ms per step | MB sent by a rank | launches | extra peak, bytes per parameter |")
+        print("| --- | --- | --- | --- | --- |")
+        print("\n".join(rows))
     dist.barrier()
     os._exit(0)  # gloo can hang when a process group is torn down
 

@@ -4,9 +4,10 @@
 
 Parameters: all of GPT-2 small (124M), its hidden matrices, and a set of LoRA matrices (hundreds of small tensors), in
 float32. One process; the optimizers take turns, so that the machine's other load falls on all alike; medians of the
-times, and of the ratios, turn by turn, to the first of each table. Gradients are random, too small to be clipped, and
-new tensors in every step, as zero_grad(set_to_none=True) and a backward pass leave them. On CUDA, if there is one,
-otherwise on the CPU.
+times, and of the ratios, turn by turn, to the first of each table. Gradients are random, and new tensors in every
+step, as zero_grad(set_to_none=True) and a backward pass leave them. Those of each tensor have the norm 0.01, of which
+‖g_t‖ alone says that max_norm=1 clips nothing; in rows named "clips" it is 10, so that every ‖c_t‖ is measured and
+every c_t divided. On CUDA, if there is one, otherwise on the CPU.
 
 "Extra peak" is what step() allocates beyond parameters, gradients and state. pytorch_optimizer's MARS is measured
 where that package is installed (the `bench` extra).
@@ -23,6 +24,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_mars import MarsAdamW, MarsLion, MarsShampoo
+
+QUIET, CLIPPED = 0.01, 10.0  # ‖g_t‖ of each tensor
 
 LORA_RANK, LORA_WIDTH, LORA_LAYERS = 16, 1024, 24
 
@@ -44,18 +47,22 @@ def contestants():
         "AdamW(fused=True)": lambda params: torch.optim.AdamW(params, fused=True),
         "MarsAdamW": MarsAdamW,
         "MarsAdamW(max_norm=1)": lambda params: MarsAdamW(params, max_norm=1.0),
+        "MarsAdamW(max_norm=1), clips": lambda params: MarsAdamW(params, max_norm=1.0),
         "MarsLion": MarsLion,
         "MarsLion(max_norm=1)": lambda params: MarsLion(params, max_norm=1.0),
+        "MarsLion(max_norm=1), clips": lambda params: MarsLion(params, max_norm=1.0),
     }
     if importlib.util.find_spec("pytorch_optimizer"):
         from pytorch_optimizer import MARS
 
         elementwise["pytorch_optimizer.MARS"] = MARS
     orthogonal = {
-        "torch.optim.Muon": torch.optim.Muon,
         "MarsShampoo": MarsShampoo,
         "MarsShampoo(max_norm=1)": lambda params: MarsShampoo(params, max_norm=1.0),
+        "MarsShampoo(max_norm=1), clips": lambda params: MarsShampoo(params, max_norm=1.0),
     }
+    if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+        orthogonal = {"torch.optim.Muon": torch.optim.Muon, **orthogonal}
     return {"GPT-2 small": elementwise, "LoRA": elementwise, "hidden matrices of GPT-2 small": orthogonal}
 
 
@@ -98,8 +105,9 @@ def state_bytes(optimizer):
 def measure(makers, shapes, steps, device, compiled):
     """name -> {"seconds": of every step after two for warming up, "state_bytes", "extra_peak_bytes"}."""
     torch.manual_seed(0)
-    gradients = [1e-4 * torch.randn(shape, device=device) for shape in shapes]
-    params = {name: [torch.nn.Parameter(0.02 * torch.randn_like(g)) for g in gradients] for name in makers}
+    directions = [torch.randn(shape, device=device) for shape in shapes]
+    gradients = {length: [length * g / g.norm() for g in directions] for length in (QUIET, CLIPPED)}
+    params = {name: [torch.nn.Parameter(0.02 * torch.randn_like(g)) for g in directions] for name in makers}
     optimizers = {name: make(params[name]) for name, make in makers.items()}
     steppers = {
         name: torch.compile(optimizer.step) if compiled else optimizer.step for name, optimizer in optimizers.items()
@@ -107,7 +115,8 @@ def measure(makers, shapes, steps, device, compiled):
     results = {name: {"seconds": []} for name in makers}
     for t in range(steps + 2):
         for name, result in results.items():
-            for param, gradient in zip(params[name], gradients, strict=True):
+            length = CLIPPED if name.endswith("clips") else QUIET
+            for param, gradient in zip(params[name], gradients[length], strict=True):
                 param.grad = gradient.clone()
             synchronize(device)
             if t == 1:

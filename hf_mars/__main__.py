@@ -1,4 +1,4 @@
-"""`python -m hf_mars script.py …` runs any training script with MARS's optimizer names registered.
+"""`python -m hf_mars script.py …` or `python -m hf_mars launcher …` trains with MARS's optimizer names registered.
 
 Imports nothing that reads environment variables, which are the script's to set.
 """
@@ -7,6 +7,7 @@ import builtins
 import os
 import pkgutil
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
@@ -14,26 +15,31 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NoReturn
 
-from hf_mars.trainer.children import prepare
 from hf_mars.trainer.names import RUN_LOG_VARIABLE
 from hf_mars.trainer.registry import log_every_trainer
+from hf_mars.trainer.start_up import is_installed, prepare
 
-USAGE = """usage: python -m hf_mars [--mars_diagnostics] [-m] SCRIPT [ARGUMENT …]
+USAGE = """usage: python -m hf_mars [--mars_diagnostics] SCRIPT [ARGUMENT …]
+       python -m hf_mars [--mars_diagnostics] -m MODULE [ARGUMENT …]
+       python -m hf_mars [--mars_diagnostics] LAUNCHER [ARGUMENT …]
 
-Run a training script, unchanged, with --optim mars_adamw, mars_lion, mars_shampoo and mars_m available.
-SCRIPT is a file, a folder or zip file with a __main__.py, or after -m a module, as for python itself. With
---mars_diagnostics every Trainer logs, with the loss, what MARS does at that step. On several processes:
-accelerate launch -m hf_mars SCRIPT …, or torchrun -m hf_mars SCRIPT …"""
+Run a training script or a command that starts one, unchanged, with --optim mars_adamw, mars_lion, mars_shampoo and
+mars_m available, in it and in every Python process below it. SCRIPT is a file, a folder or zip file with a
+__main__.py; LAUNCHER is a command such as accelerate, torchrun, trl, axolotl, llamafactory-cli or srun, looked for
+beside this Python and then on PATH. With --mars_diagnostics every Trainer logs, with the loss, what MARS does at that
+step. The environment variable HF_MARS=1 (or HF_MARS=diagnostics) does the same without this command."""
+
+_NOT_INSTALLED = "hf_mars is not installed in this environment (pip install -e . in its folder does it)"
 
 
 def main(argv: list[str]) -> None:
-    """Run a script as `__main__`, as python itself would.
+    """Run a script as `__main__`, as python itself would, or a command in place of this process.
 
     Args:
         argv: the arguments of `python -m hf_mars`; those after the script become its own.
 
     Raises:
-        SystemExit: `argv` asks for help (code 0) or names no script that can be run (code 2). Errors and exits of the
+        SystemExit: `argv` asks for help (code 0) or names nothing that can be run (code 2). Errors and exits of the
             script itself pass through.
     """
     diagnostics = argv[:1] == ["--mars_diagnostics"]
@@ -41,13 +47,26 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
+    command = None
     if argv[0] == "-m":
         if len(argv) == 1 or argv[1].startswith("-"):
             _refuse(f"after -m comes the name of a module, not {' '.join(argv[1:2]) or 'nothing'}")
     elif argv[0].startswith("-"):
         _refuse(f"{argv[0]} is none of its options, which are --mars_diagnostics and then -m; python's go before them")
-    elif not Path(argv[0]).exists():
-        _refuse(f"there is no file {argv[0]!r}")
+    elif not _is_script(argv[0]):
+        command = _command(argv[0])
+        if command is None and not Path(argv[0]).exists():
+            _refuse(f"there is no file {argv[0]!r}, and no command of that name")
+    if not is_installed():
+        if command is not None:
+            _refuse(f"{_NOT_INSTALLED}, so that {argv[0]} would not know the names")
+        print(
+            f"python -m hf_mars: {_NOT_INSTALLED}; processes that {argv[0]} starts do not know the names",
+            file=sys.stderr,
+        )
+    if command is not None:
+        prepare(diagnostics)
+        os.execv(command, [command, *argv[1:]])
     sys.excepthook = _without_our_frames(sys.excepthook)
     prepare(diagnostics)
     if RUN_LOG_VARIABLE in os.environ:
@@ -61,6 +80,18 @@ def main(argv: list[str]) -> None:
 def _refuse(message: str) -> NoReturn:
     print(f"python -m hf_mars: {message}", file=sys.stderr)
     sys.exit(2)  # python's own code for it
+
+
+def _is_script(name: str) -> bool:
+    """A folder is one if it can be run: launchers have names, too, that folders in their source trees have."""
+    path = Path(name)
+    return path.is_file() or (path / "__main__.py").is_file()
+
+
+def _command(name: str) -> str | None:
+    """The path of a command, of this environment first: it may be in use without having been activated."""
+    beside = os.path.dirname(sys.executable)
+    return shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
 
 
 # Python itself calls this function for modules, folders and zip files. The public functions of runpy would change

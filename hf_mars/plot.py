@@ -25,6 +25,11 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         {"mars/lr_matrix": ("-", "matrices"), "mars/lr_embedding": (":", "embeddings"), "mars/lr_1d": ("--", "1d")},
     ),
 )
+# Of another optimizer's runs: what every Trainer logs.
+OTHER_PANELS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
+    *((title, {}) for title, _ in PANELS[:-1]),
+    (PANELS[-1][0], {"learning_rate": ("-", "")}),
+)
 
 
 def loss_history(output_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -51,7 +56,11 @@ def _log_history(output_dir: str | Path) -> list[dict[str, Any]]:
     if (output_dir / "trainer_state.json").is_file():
         files.insert(0, output_dir / "trainer_state.json")
     if not files:
-        raise FileNotFoundError(f"no trainer_state.json in {output_dir} or in a checkpoint of it")
+        raise FileNotFoundError(
+            f"no trainer_state.json in {output_dir} or in a checkpoint of it: "
+            "a Trainer writes it with each checkpoint (--save_steps), "
+            "and at the end where its script calls trainer.save_state()"
+        )
     states = [json.loads(file.read_text()) for file in files]
     return max(states, key=lambda state: state["global_step"])["log_history"]  # of equals the first
 
@@ -97,15 +106,19 @@ def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
         if history["eval_loss"]:
             points = zip(*history["eval_loss"], strict=True)
             axes.plot(*points, color=color, marker="o", markersize=4, label=f"{label}: evaluation")
+    axes.set_title("Loss of training and evaluation", fontsize="medium")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    _show_zeros(axes)
     figure.savefig(path, dpi=150)
 
 
 def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> None:
     """Draw the MARS diagnostics of runs (docs/diagnostics.md) over their steps: four panels, one color per run.
+
+    Of runs with other optimizers, which have none, the learning rate alone is drawn.
 
     Args:
         output_dirs: Trainer output_dirs; their folders label the colors.
@@ -113,14 +126,15 @@ def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> Non
 
     Raises:
         FileNotFoundError: see `loss_history`.
-        ValueError: a run has logged no diagnostics.
+        ValueError: no run has logged diagnostics.
     """
     figure, panels = _figure(2, 2, sharex=True, figsize=(9, 6))
-    for i, (output_dir, run) in enumerate(zip(output_dirs, _labels(output_dirs), strict=True)):
-        log = _log_history(output_dir)
-        if not any(_series(log, key) for _, lines in PANELS for key in lines):
-            raise ValueError(f"{output_dir} has no logged diagnostics; see docs/diagnostics.md")
-        for axes, (_, lines) in zip(panels.flat, PANELS, strict=True):
+    logs = [_log_history(output_dir) for output_dir in output_dirs]
+    have_some = [any(_series(log, key) for _, lines in PANELS for key in lines) for log in logs]
+    if not any(have_some):
+        raise ValueError(f"{', '.join(map(str, output_dirs))}: no logged diagnostics; see docs/diagnostics.md")
+    for i, (log, run, has_some) in enumerate(zip(logs, _labels(output_dirs), have_some, strict=True)):
+        for axes, (_, lines) in zip(panels.flat, PANELS if has_some else OTHER_PANELS, strict=True):
             for key, (style, name) in lines.items():
                 points = _series(log, key)
                 if points:
@@ -131,9 +145,16 @@ def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> Non
         axes.grid(alpha=0.3)
         if axes.lines:  # a form of MARS that keeps no g_{t−1} logs less
             axes.legend(fontsize="small")
+            _show_zeros(axes)
     for axes in panels[-1]:
         axes.set_xlabel("step")
     figure.savefig(path, dpi=150)
+
+
+def _show_zeros(axes: Any) -> None:
+    """An axis for curves that are zero throughout, which matplotlib would center between negative and positive."""
+    if axes.dataLim.y0 == axes.dataLim.y1 == 0:
+        axes.set_ylim(0, 1)
 
 
 def _figure(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:

@@ -65,7 +65,7 @@ def resumed(run, checkpoint, what="resumed"):
 
 def finished(run, checkpoint):
     """The same run from its last checkpoint on, as run_clm.py resumes it."""
-    return {**resumed(run, checkpoint, "finished"), "trainer": "FinishingTrainer"}
+    return resumed(run, checkpoint, "finished")
 
 
 def with_lora(model):

@@ -33,7 +33,7 @@ class Execution:
 
 
 EXECUTIONS = {
-    # Nothing, one element, less and more than the vector loops take at once, and more than is updated together (CACHED
+    # Nothing, one element, less and more than the vector loops take at once, and more than is updated at a time (BLOCK
     # in _cpu.c), for each of three threads.
     "cpu": Execution(
         cpu, "cpu", (torch.float32,), [(0, 3), (1, 1), (3, 7), (4097, 5), (1000, 900), (70, 64), (8, 3, 5)]

@@ -143,8 +143,27 @@ def shorter(whole: str, part: str) -> str:
     return markdown(head, lines)
 
 
+def differences(name: str) -> str:
+    """Each row of an ablation beside the one with the optimizer's name alone, paired by seed."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    labels = dict.fromkeys(row["optimizer"] for row in rows)
+    comparison = compare(rows, sorted(labels, key=lambda label: not label.startswith("mars_")))
+    head = ["", "seeds", "loss", f"difference from {comparison.baseline.label}"]
+    lines = [
+        [
+            s.label,
+            str(len(s.losses)),
+            f"{mean(s.losses):.3f}",
+            "—" if s.difference is None else plus_minus(s.difference),
+        ]
+        for s in comparison.summaries
+    ]
+    return markdown(head, lines)
+
+
 KINDS = {
     "summary": summary,
+    "differences": differences,
     "rates": rates,
     "overview": overview,
     "shorter": shorter,

@@ -12,13 +12,14 @@ Importing this package imports nothing else. Its modules, each of which imports 
     processes          steps that the processes of a job take together
     arguments          the dataclasses of arguments
     argument_files     yaml and json files of arguments
+    early              mistakes that show before torch is imported
     command_line       words of the command line → arguments
     checks             combinations of arguments that cannot work
     output_folder      where a run starts, and what it may remove
     adapters, model    LoRA; the configuration and the model
     tokenizer          the tokenizer, read or trained
     splits             the texts and blocks of a run
-    trainer            MarsTrainer for runs that may have ended already
     report             the last lines that are printed
     run                main
+    start              early, then run
 """

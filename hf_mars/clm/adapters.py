@@ -45,8 +45,13 @@ def find_base_model(model_args: ModelArguments) -> None:
             f"--model_name_or_path {name}: holds a model (config.json) and adapters (adapter_config.json); "
             "remove the one that a later run was to replace"
         )
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
-    model_args.base_model = config["base_model_name_or_path"], config.get("revision")
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        model_args.base_model = config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(
+            f"--model_name_or_path {name}: adapter_config.json names no base model: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _options(model_args: ModelArguments) -> dict[str, Any]:

@@ -41,9 +41,13 @@ def values_of_file(path: Path, included_by: tuple[Path, ...] = ()) -> dict[str, 
     Raises:
         UsageError: the file, or one that it includes, cannot be read, holds no mapping or includes itself.
     """
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file of arguments")
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError as error:
+        raise UsageError(f"{path}: cannot be read as a file of arguments: it is nested too deeply") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read as a file of arguments: {error}") from error
     if not isinstance(values, dict):
@@ -67,11 +71,13 @@ def arguments_of(values: dict[str, Any], of_many_values: Collection[str]) -> lis
         of_many_values: the names of the arguments that take several words. A list for another one is joined by commas.
 
     Raises:
-        UsageError: an empty list, for which there is no command line.
+        UsageError: an empty list, for which there is no command line, or a value that holds itself.
     """
     argv = []
     for name, value in values.items():
         name = str(name).replace("-", "_")
+        if _is_nested(value):
+            raise UsageError(f"{name}: is nested too deeply for a value, or holds itself")
         if value == []:
             raise UsageError(f"{name}: []: is an empty list; leave it out for the default")
         if isinstance(value, list) and name in of_many_values:
@@ -81,6 +87,12 @@ def arguments_of(values: dict[str, Any], of_many_values: Collection[str]) -> lis
         elif value is not None:
             argv.append(f"--{name}={_word(value)}")
     return argv
+
+
+def _is_nested(value: Any, depth: int = 8) -> bool:
+    """Whether a value has more than `depth` levels; one that holds itself (an anchor of yaml) has no end of them."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth == 0 or any(_is_nested(item, depth - 1) for item in items)
 
 
 def _word(value: Any) -> str:

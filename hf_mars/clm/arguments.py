@@ -6,6 +6,7 @@ from typing import Any
 from .files import is_token_bin
 
 DEFAULT_VOCAB_SIZE = 2048
+LARGEST_VOCAB_SIZE = 2**24
 DEFAULT_BLOCK_SIZE = 1024
 
 
@@ -82,6 +83,11 @@ class ModelArguments:
     def is_pretrained(self) -> bool:
         """Whether a model is fine-tuned, not a new one trained."""
         return self.model_name_or_path is not None
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters alone are trained and saved."""
+        return self.lora_r is not None or self.base_model is not None
 
     @property
     def trains_tokenizer(self) -> bool:

@@ -2,14 +2,33 @@
 
 import difflib
 import importlib.util
+import math
+from collections.abc import Callable
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_mars import MarsTrainingArguments
 
-from .arguments import DataTrainingArguments, ModelArguments, RunArguments
+from .arguments import LARGEST_VOCAB_SIZE, DataTrainingArguments, ModelArguments, RunArguments
+from .bpe import SMALLEST_VOCAB_SIZE
 from .errors import UsageError
 from .files import file_format, is_token_bin
+
+# What transformers takes as it is, to fail at later or to train with nonsense.
+_POSITIVE: tuple[str, Callable[[float], bool]] = ("a number > 0", lambda v: v > 0)
+_NOT_NEGATIVE: tuple[str, Callable[[float], bool]] = ("a number >= 0", lambda v: v >= 0)
+_COUNT: tuple[str, Callable[[float], bool]] = ("at least 1", lambda v: v >= 1)
+TRAINING_RANGES = {
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "num_train_epochs": _POSITIVE,
+    "gradient_accumulation_steps": _COUNT,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "max_steps": ("at least 1, or -1 for num_train_epochs", lambda v: v >= 1 or v == -1),
+    "seed": ("between 0 and 4294967295", lambda v: 0 <= v < 2**32),
+}
 
 
 def check_arguments(
@@ -20,6 +39,8 @@ def check_arguments(
 ) -> None:
     """Raise UsageError for the first thing that cannot work."""
     _check_training(training_args)
+    for arguments in (model_args, data_args):
+        _check_not_empty(arguments)
     _check_model(model_args)
     _check_lora(model_args)
     _check_ranges(data_args)
@@ -39,8 +60,18 @@ def _check_training(training_args: MarsTrainingArguments) -> None:
             "--prediction_loss_only true: loss, perplexity and accuracy are computed from the logits; drop it "
             "(they are summed batch by batch, so it would save no memory)"
         )
+    for name, (allowed, is_allowed) in TRAINING_RANGES.items():
+        value = getattr(training_args, name)
+        if not (math.isfinite(value) and is_allowed(value)):
+            raise UsageError(f"--{name} {value}: must be {allowed}")
     if training_args.eval_on_start and not training_args.do_eval:
         raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")
+
+
+def _check_not_empty(arguments: ModelArguments | DataTrainingArguments) -> None:
+    for name, value in vars(arguments).items():
+        if value == "":
+            raise UsageError(f"--{name} '': is empty; leave it out for the default")
 
 
 def _check_model(model_args: ModelArguments) -> None:
@@ -68,6 +99,11 @@ def _check_model(model_args: ModelArguments) -> None:
         raise UsageError(
             f"--vocab_size {model_args.vocab_size}: is for a tokenizer that is trained here, but "
             f"{'--tokenizer_name' if model_args.tokenizer_name else '--model_name_or_path'} brings one; drop it"
+        )
+    if model_args.vocab_size is not None and not SMALLEST_VOCAB_SIZE <= model_args.vocab_size <= LARGEST_VOCAB_SIZE:
+        raise UsageError(
+            f"--vocab_size {model_args.vocab_size}: must be between {SMALLEST_VOCAB_SIZE}, for the 256 bytes and the "
+            f"end of a text, and {LARGEST_VOCAB_SIZE}"
         )
 
 
@@ -107,6 +143,8 @@ def _check_ranges(data_args: DataTrainingArguments) -> None:
 
 
 def _check_files(data_args: DataTrainingArguments) -> None:
+    if data_args.dataset_config_name is not None and data_args.dataset_name is None:
+        raise UsageError(f"--dataset_config_name {data_args.dataset_config_name}: needs --dataset_name")
     for name in ("train_file", "validation_file"):
         if path := getattr(data_args, name):
             if not is_token_bin(path):

@@ -14,7 +14,8 @@ def file_format(path: str, argument: str) -> str:
     """The `datasets` builder for a file, a compressed file or a glob pattern.
 
     Raises:
-        UsageError: no such file, or its suffix is none of FILE_FORMATS (and none of these before one of COMPRESSIONS).
+        UsageError: no such file, nothing in it, or its suffix is none of FILE_FORMATS (and none of these before one
+            of COMPRESSIONS).
     """
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     suffix = next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSIONS), "")
@@ -25,13 +26,15 @@ def file_format(path: str, argument: str) -> str:
         )
     if not matching_files(path):
         raise UsageError(f"{argument} {path}: there is no such file")
+    if not any(Path(name).stat().st_size for name in matching_files(path)):
+        raise UsageError(f"{argument} {path}: is empty")
     return FILE_FORMATS[suffix]
 
 
 def matching_files(path: str) -> list[str]:
     """The absolute names of the files that a name or a glob pattern stands for."""
     names = [path] if Path(path).is_file() else sorted(glob.glob(path, recursive=True))
-    return [str(Path(name).resolve()) for name in names]
+    return [str(Path(name).resolve()) for name in names if Path(name).is_file()]  # no folders, no dead links
 
 
 def is_token_bin(path: str | None) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from .adapters import load_adapters, new_adapters
@@ -30,15 +32,17 @@ def load_config(model_args: ModelArguments, block_size: int | None) -> PreTraine
             source += f", adapters of {name}"
         try:
             config = AutoConfig.from_pretrained(name, revision=revision, **model_args.hub_options)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file fails where it is used first
             raise UsageError(f"{source}: no model configuration there: {error}") from error
     elif model_args.model_type is not None:
         config = CONFIG_MAPPING[model_args.model_type]()
     else:
         config = GPT2Config(**{**SMALL_GPT2, "n_positions": block_size or SMALL_GPT2["n_positions"]})
-        logger.info(f"no model is named: training a small GPT-2 from scratch ({SMALL_GPT2})")
     if model_args.config_overrides:
         override_config(config, model_args.config_overrides)
+    if not (name or model_args.model_type):
+        sizes = ", ".join(f"{key}={getattr(config, key)}" for key in SMALL_GPT2)
+        logger.info(f"no model is named: training a small GPT-2 from scratch ({sizes})")
     return config
 
 
@@ -54,8 +58,40 @@ def override_config(config: PreTrainedConfig, overrides: str) -> None:
             )
     try:
         config.update_from_string(overrides)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # configurations check values in ways of their own
         raise UsageError(f"--config_overrides {overrides}: {error}") from error
+
+
+def count_parameters(config: PreTrainedConfig, model_args: ModelArguments, vocab_size: int | None) -> int:
+    """The number of a model's parameters, from a model without memory.
+
+    Args:
+        config: of the model.
+        vocab_size: of the tokenizer that is to be trained for it; None: that of the configuration.
+
+    Raises:
+        UsageError: no model can be made of the configuration.
+    """
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    if vocab_size is not None:
+        text_config.vocab_size = vocab_size
+    layers = getattr(text_config, "num_hidden_layers", None)
+    source = (
+        f"--config_overrides {model_args.config_overrides}"
+        if model_args.config_overrides
+        else f"--config_name {model_args.config_name}"
+        if model_args.config_name
+        else f"--model_name_or_path {model_args.model_name_or_path}"
+    )
+    try:
+        if layers is not None and layers < 1:
+            raise ValueError(f"{layers} layers")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    except Exception as error:  # each of a hundred models has its own
+        raise UsageError(f"{source}: is no {config.model_type} model: {type(error).__name__}: {error}") from error
+    return int(model.num_parameters())
 
 
 def choose_block_size(block_size: int | None, config: PreTrainedConfig) -> int:
@@ -87,6 +123,31 @@ def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
         )
 
 
+def _pretrained(name: str, **options: Any) -> PreTrainedModel:
+    """A model with its weights.
+
+    Raises:
+        UsageError: they cannot be read, or are not finite.
+    """
+    source = f"--model_name_or_path {name}"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # safetensors, pickle, torch and zip files have errors of their own
+        raise UsageError(f"{source}: its weights cannot be loaded: {type(error).__name__}: {error}") from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        logger.warning(
+            f"{source}: {len(missing)} of its tensors are missing and begin at random: {', '.join(missing[:5])}"
+            + (", …" if missing[5:] else "")
+        )
+    for parameter, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise UsageError(f"{source}: its weights are not finite (NaN or infinite) in {parameter}")
+    return cast("PreTrainedModel", model)
+
+
 def load_model(config: PreTrainedConfig, model_args: ModelArguments) -> PreTrainedModel | PeftModel:
     """The pretrained model, or a new one with random weights, with adapters if they are asked for.
 
@@ -99,16 +160,16 @@ def load_model(config: PreTrainedConfig, model_args: ModelArguments) -> PreTrain
     try:
         if model_args.model_name_or_path is not None:
             name, revision = model_args.base_model or (model_args.model_name_or_path, model_args.model_revision)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, config=config, revision=revision, **options, **model_args.hub_options
-            )
+            model = _pretrained(name, config=config, revision=revision, **options, **model_args.hub_options)
         else:
             if model_args.dtype == "auto":
                 del options["dtype"]
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
+    except UsageError:
+        raise
     except (ImportError, ValueError) as error:
         if model_args.attn_implementation is None:
-            raise
+            raise UsageError(f"--model_name_or_path {model_args.model_name_or_path}: {error}") from error
         raise UsageError(f"--attn_implementation {model_args.attn_implementation}: {error}") from error
     if model.loss_type is None:
         # transformers derives this from the class's name, and GPT2LMHeadModel says nothing. Trainer would then divide

@@ -1,23 +1,67 @@
 """The output folder: where a run starts, and what it may remove there."""
 
-import re
+import os
+import shutil
 from pathlib import Path
 
 from hf_mars import MarsTrainingArguments
+from hf_mars.trainer.checkpoint_files import NO_OPTIMIZER
+from hf_mars.trainer.checkpoint_saving import newest_whole
+from hf_mars.trainer.checkpoints import CHECKPOINT, CheckpointError, check_whole, checkpoints_in
 
 from .arguments import RunArguments
 from .errors import UsageError
 from .log import logger
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 RESULT_FILES = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+_WEIGHTS_ALONE = "; start a new run from its weights with --model_name_or_path"
+
+
+def check_writable(output_dir: Path) -> None:
+    """Raise UsageError if nothing can be written to output_dir, or it cannot be made."""
+    try:
+        existing = _existing(output_dir)
+        why = "is no folder" if not existing.is_dir() else "may not be written to"
+        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+            return
+    except OSError as error:
+        existing, why = output_dir.absolute(), str(error.strerror)
+    where = "" if existing == output_dir.absolute() else f"{existing} "
+    raise UsageError(f"--output_dir {output_dir}: {where}{why}; choose another folder")
+
+
+def check_space(output_dir: Path, parameters: int, dtype: str | None) -> None:
+    """Raise UsageError if there is no space for a checkpoint: the weights and as much again, the least that an
+    optimizer keeps.
+
+    Args:
+        parameters: number of the model's.
+        dtype: of its weights, as in --dtype; float32 if None.
+    """
+    least = 2 * parameters * (2 if dtype in ("bfloat16", "float16") else 4) / 2**20
+    free = shutil.disk_usage(_existing(output_dir)).free / 2**20
+    if free < least:
+        raise UsageError(
+            f"--output_dir {output_dir}: a checkpoint takes at least {least:,.0f} MiB, and {free:,.0f} MiB are free "
+            "there; choose another disk, or --save_strategy no"
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _existing(path.parent)
+    return path
 
 
 def checkpoint_to_resume(training_args: MarsTrainingArguments, run_args: RunArguments) -> str | None:
     """The checkpoint to go on from; None to start at step 0.
 
     Raises:
-        UsageError: the checkpoint asked for does not exist or is incomplete, or the run would write over the
+        UsageError: the checkpoint asked for does not exist or is not whole, or the run would write over the
             content of output_dir without having been asked to.
     """
     output_dir = Path(str(training_args.output_dir))
@@ -38,48 +82,37 @@ def checkpoint_to_resume(training_args: MarsTrainingArguments, run_args: RunArgu
             f"--resume_from_checkpoint {asked}: contradicts --overwrite_output_dir, which removes the checkpoints; "
             "drop one of the two"
         )
-    if mode in ("true", "auto"):
-        checkpoint = last_checkpoint(output_dir)
-        if checkpoint is None and mode == "true":
+    try:
+        return str(_named_or_newest(output_dir, asked, content))
+    except CheckpointError as error:
+        if mode != "auto" or NO_OPTIMIZER in str(error):
+            raise UsageError(f"{error}{_WEIGHTS_ALONE if NO_OPTIMIZER in str(error) else ''}") from error
+        if {"config.json", "adapter_config.json"} & set(content):
             raise UsageError(
-                f"--resume_from_checkpoint {asked}: there is no complete checkpoint in --output_dir {output_dir}; "
-                "with auto the run would start anew"
-            )
-        if checkpoint is None and {"config.json", "adapter_config.json"} & set(content):
-            raise UsageError(
-                f"--resume_from_checkpoint {asked}: --output_dir {output_dir} holds a finished model but no complete "
-                "checkpoint; replace the model with --overwrite_output_dir, or choose another folder"
-            )
-    else:
-        checkpoint = Path(asked)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise UsageError(
-                f"--resume_from_checkpoint {asked}: is no folder with a complete checkpoint; "
-                "allowed: true, auto, false or the path of a checkpoint-N folder"
-            )
-        if content and checkpoint.resolve().parent != output_dir.resolve():
-            raise UsageError(
-                f"--resume_from_checkpoint {asked}: lies outside of --output_dir {output_dir}, which is not empty; "
-                "choose an empty folder, or the checkpoint's own"
-            )
-    if checkpoint is None:
-        return None
-    if not [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]:
-        raise UsageError(
-            f"--resume_from_checkpoint {asked}: {checkpoint} has no optimizer state (was it saved with "
-            "--save_only_model?); start a new run from its weights with --model_name_or_path"
-        )
-    return str(checkpoint)
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The complete checkpoint-N with the largest N. The trainer state is written last, so it marks a complete one."""
-    found = [(int(match[1]), path) for path in output_dir.glob("*") if (match := CHECKPOINT.fullmatch(path.name))]
-    for _, path in sorted(found, reverse=True):
-        if (path / "trainer_state.json").is_file():
-            return path
-        logger.warning(f"{path} is incomplete and is passed over")
+                f"{error}, but a finished model; replace the model with --overwrite_output_dir, or choose another "
+                "folder"
+            ) from error
+        if checkpoints_in(output_dir):
+            logger.warning(f"{error}; the run starts anew")
     return None
+
+
+def _named_or_newest(output_dir: Path, asked: str, content: list[str]) -> Path:
+    if asked.lower() in ("true", "auto"):
+        return newest_whole(output_dir, f"--resume_from_checkpoint {asked}")
+    checkpoint = Path(asked)
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {asked}: is no folder; allowed: true, auto, false or the path of a "
+            "checkpoint-N folder"
+        )
+    if content and checkpoint.resolve().parent != output_dir.resolve():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {asked}: lies outside of --output_dir {output_dir}, which is not empty; "
+            "choose an empty folder, or the checkpoint's own"
+        )
+    check_whole(checkpoint)
+    return checkpoint
 
 
 def files_of_previous_run(output_dir: Path, sources: list[str | None]) -> list[Path]:

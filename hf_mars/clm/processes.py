@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from hf_mars.trainer.gloo import rest
 
 from .errors import UsageError
 
@@ -41,6 +42,23 @@ def all_or_none() -> Iterator[None]:
             raise UsageError(f"process {process} {report}")
 
 
+def check_all_are_seen(world_size: int) -> None:
+    """Refuse processes that a launcher has started as one run and that would train one by one, in the same folder.
+
+    Args:
+        world_size: processes of the run, as TrainingArguments see it.
+
+    Raises:
+        UsageError: the launcher says (WORLD_SIZE) that there are others.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if world_size == 1 and launched.isdecimal() and int(launched) > 1:
+        raise UsageError(
+            f"WORLD_SIZE={launched}: the launcher has started {launched} processes, but each sees only itself, since "
+            "there is no GPU for it; give --use_cpu to train on CPUs"
+        )
+
+
 def check_same(value: Any, what: str) -> None:
     """Raise UsageError in every process if value is not equal in all; the message calls it `what`."""
     values = gather_object([value])
@@ -61,16 +79,7 @@ def main_processes_first(training_args: TrainingArguments, desc: str) -> Iterato
         yield
 
 
-GLOO_REST = 0.5  # seconds
-
-
 def leave_together() -> None:
-    """Wait for all processes, at the end of a run; under gloo, a little longer.
-
-    A process that ends right after a collective of gloo's is now and then aborted ("terminate called without an active
-    exception"), although its run is complete: seen without hf_mars too, mostly on busy machines. By all signs a thread
-    of gloo's still holds the last collective then, while the interpreter shuts down.
-    """
+    """Wait for all processes, at the end of a run, and for gloo's threads: see `hf_mars.trainer.gloo`."""
     PartialState().wait_for_everyone()
-    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "gloo":
-        time.sleep(GLOO_REST)
+    rest()

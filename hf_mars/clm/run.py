@@ -11,7 +11,12 @@ from transformers import PrinterCallback, set_seed
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
-from hf_mars import MarsTrainingArguments
+from hf_mars import MarsTrainer, MarsTrainingArguments
+from hf_mars.trainer.checkpoint_saving import is_disk_full
+from hf_mars.trainer.checkpoints import CheckpointError, ResumeError
+from hf_mars.trainer.nodes import once_per_node
+from hf_mars.trainer.signals import TrainingStopped
+from hf_mars.trainer.skipping import NotFiniteError
 
 from .adapters import find_base_model
 from .arguments import DEFAULT_VOCAB_SIZE
@@ -21,18 +26,18 @@ from .command_line import Arguments, parse_arguments
 from .errors import UsageError
 from .log import logger
 from .metrics import ComputeLanguageModelMetrics, losses_and_tokens
-from .model import choose_block_size, fit_vocabulary, load_config, load_model
-from .output_folder import checkpoint_to_resume, files_of_previous_run
-from .processes import all_or_none, check_same, leave_together
+from .model import choose_block_size, count_parameters, fit_vocabulary, load_config, load_model
+from .output_folder import check_space, check_writable, checkpoint_to_resume, files_of_previous_run
+from .processes import all_or_none, check_all_are_seen, check_same, leave_together
 from .report import generate_sample, summarize
 from .splits import load_blocks, load_splits
 from .texts import Texts
 from .tokenizer import load_tokenizer, train_tokenizer
-from .trainer import FinishingTrainer
 
 
 def command(program: str) -> None:
-    """Run the process's command line; a mistake in it ends the process with status 2 and one line.
+    """Run the process's command line; a mistake in it ends the process with status 2 and one line, a full disk or
+    gradients that are not finite with 1.
 
     Args:
         program: the name of the program in --help and in that line.
@@ -40,8 +45,15 @@ def command(program: str) -> None:
     try:
         main(program=program)
     except UsageError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # From a data loader's worker it comes with that one's traceback before it.
+        message = str(error).rpartition("UsageError: ")[2]
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not (isinstance(error, (CheckpointError, NotFiniteError)) or is_disk_full(error)):
+            raise
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ResumeError) else 1)
 
 
 def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[str, float]:
@@ -59,6 +71,7 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, program)
     model_args, data_args, run_args, training_args = arguments
+    check_all_are_seen(training_args.world_size)
     set_up_logging(training_args)
     checkpoint, stale = find_start(arguments)
 
@@ -67,8 +80,13 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
         config = load_config(model_args, data_args.block_size)
         block_size = choose_block_size(data_args.block_size, config)
         tokenizer = load_tokenizer(model_args, data_args, checkpoint)
+        will_train_tokenizer = tokenizer is None and not data_args.are_tokens
         if tokenizer is not None:
             fit_vocabulary(config, tokenizer, model_args)
+        trained_size = model_args.vocab_size or DEFAULT_VOCAB_SIZE if will_train_tokenizer else None
+        parameters = count_parameters(config, model_args, trained_size)
+        if training_args.do_train and training_args.save_strategy != "no" and not model_args.is_adapted:
+            check_space(Path(str(training_args.output_dir)), parameters, model_args.dtype)
     splits = load_splits(
         model_args,
         data_args,
@@ -95,7 +113,7 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
 
     # Losses and accuracy are summed batch by batch: neither logits nor predictions pile up.
     training_args.batch_eval_metrics = True
-    trainer = FinishingTrainer(
+    trainer = MarsTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks,
@@ -107,7 +125,11 @@ def main(argv: list[str] | None = None, *, program: str | None = None) -> dict[s
     )
     if not trainer.is_world_process_zero():  # without progress bars, Trainer prints logs on every node
         trainer.remove_callback(PrinterCallback)
-    results = train_and_evaluate(trainer, checkpoint, train_blocks, eval_blocks)
+    try:
+        results = train_and_evaluate(trainer, checkpoint, train_blocks, eval_blocks)
+    except TrainingStopped:
+        leave_together()
+        raise
     if training_args.push_to_hub:
         trainer.push_to_hub(tasks="text-generation", dataset=data_args.dataset_name)
 
@@ -149,10 +171,11 @@ def find_start(arguments: Arguments) -> tuple[str | None, list[Path]]:
     checkpoint, stale = None, []
     with all_or_none():
         check_arguments(*arguments)
+        check_writable(Path(str(training_args.output_dir)))
         if run_args.global_batch_size is not None:
             set_accumulation(run_args.global_batch_size, training_args)
         if training_args.do_train:
-            checkpoint = checkpoint_to_resume(training_args, run_args)
+            checkpoint = once_per_node(training_args, lambda: checkpoint_to_resume(training_args, run_args))
             if run_args.overwrite_output_dir:
                 sources = [model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name]
                 stale = files_of_previous_run(Path(str(training_args.output_dir)), sources)
@@ -172,7 +195,7 @@ def remove(stale: list[Path]) -> None:
 
 
 def train_and_evaluate(
-    trainer: FinishingTrainer,
+    trainer: MarsTrainer,
     checkpoint: str | None,
     train_blocks: TokenBlocks | TokenStream | None,
     eval_blocks: TokenBlocks | None,

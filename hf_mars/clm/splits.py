@@ -125,14 +125,16 @@ def load_blocks(
                 train_blocks = stored_blocks("train", data_args.max_train_samples)
         if training_args.do_eval:
             eval_blocks = stored_blocks("validation", data_args.max_eval_samples)
+    sizes = {
+        name: blocks.total_tokens
+        for name, blocks in (("training", train_blocks), ("validation", eval_blocks))
+        if isinstance(blocks, TokenBlocks)
+    }
     for name, blocks in (("training", train_blocks), ("validation", eval_blocks)):
         if isinstance(blocks, TokenBlocks):
             check_same(blocks.total_tokens, f"the number of tokens of the {name} text")
             if len(blocks) == 0:
-                raise UsageError(
-                    f"--block_size {block_size}: the {name} text has only {blocks.total_tokens} tokens; "
-                    f"allowed: 2 to {blocks.total_tokens}"
-                )
+                raise UsageError(_too_short(name, sizes, block_size, data_args))
             blocks[0]  # finds tokens of another vocabulary before a model is made
             rest = f"; {blocks.dropped_tokens} tokens after the last complete block are not used"
             logger.info(
@@ -140,3 +142,22 @@ def load_blocks(
                 + ("" if data_args.streaming else rest)
             )
     return train_blocks, eval_blocks
+
+
+def _too_short(name: str, sizes: dict[str, int], block_size: int, data_args: DataTrainingArguments) -> str:
+    """In words, that a split has fewer tokens than a block, and everything that would work.
+
+    Args:
+        name: "training" or "validation".
+        sizes: tokens of the splits that the run uses.
+    """
+    own = data_args.validation_file or data_args.dataset_name
+    share = f" ({data_args.validation_split_percentage} per cent of the rows)" * (name == "validation" and not own)
+    text = f"--block_size {block_size}: the {name} text{share} has only {sizes[name]} tokens"
+    largest = min(sizes.values())
+    ways = [f"--block_size {largest}{' or less' * (largest > 2)}"] if largest >= 2 else []
+    if name == "validation" and not own:
+        ways.append("--validation_file with more text")
+        if sum(sizes.values()) >= block_size:
+            ways.append("--validation_split_percentage 0 to train without evaluation")
+    return f"{text}; give {', or '.join(ways) if ways else 'more text'}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
-import lzma
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,18 +36,10 @@ def _reading(source: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    # Each format and compression fails in its own way: arrow and pandas with ValueErrors, scripts with RuntimeErrors.
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        lzma.LZMAError,
-        zlib.error,
-        datasets.exceptions.DatasetsError,
-    ) as error:
+    except Exception as error:  # each format and compression fails in its own way
         is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        raise UsageError(f"{source}: cannot be read: {(is_wrapped and error.__cause__) or error}") from error
+        cause = (is_wrapped and error.__cause__) or error
+        raise UsageError(f"{source}: cannot be read: {cause or 'it is empty'}") from error
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def read_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name, use_fast=model_args.use_fast_tokenizer, revision=revision, **model_args.hub_options
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file fails where it is used first
         raise UsageError(f"{source}: no tokenizer there: {error}") from error
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
         # Without its files, transformers makes a tokenizer of nothing but special tokens.

@@ -13,10 +13,10 @@ from .algorithm.correction import relative_update_rms
 from .exact import PreviousPoint
 from .form import Form, kappa_of
 from .groups import Group
-from .last_grad import keep
+from .last_grad import keep, keep_unless
 from .precision import needs_compensation
 from .sharding import WHOLE, Originals, Part, Ranks
-from .state import State, decide_form, make_state, state_keys
+from .state import Made, State, decide_form, make_state, state_keys
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Batch:
     is_whole: bool = True  # this process holds all of every parameter
     adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
     replicas: Ranks | None = None  # ranks that hold equal parameters and gradients, where that is known
+    plan: Any = None  # what kernels know of its tensors
 
     @property
     def kappa(self) -> float:
@@ -68,9 +69,11 @@ class Batch:
         """γ of correction.momentum: in the one-tensor form the momentum of plain gradients does the correction."""
         return float(self.group["gamma"]) if self.form is Form.ONE_TENSOR else 0.0
 
-    def keep_last_grads(self, finite: list[bool] | None) -> list[Tensor]:
-        """g_t in the place of g_{t−1}; see `last_grad.keep`. Returns g_t as it is kept."""
+    def keep_last_grads(self, finite: list[bool] | None, flag: Tensor | None = None) -> list[Tensor]:
+        """g_t in the place of g_{t−1}, unless `flag` is raised; see `last_grad.keep`. Returns g_t as it is kept."""
         assert self.previous_grads is not None
+        if flag is not None:
+            return keep_unless(flag, self.previous_grads, self.grads)
         if not self.is_whole:  # their g_{t−1} stays the memory that it is
             return keep(self.previous_grads, self.grads, None)
         kept = keep(self.previous_grads, self.grads, finite)
@@ -89,10 +92,17 @@ class Batch:
             count += size
         yield self._piece(slice(start, None))
 
+    def subset(self, places: list[int]) -> Batch:
+        """The same of the parameters at some places alone."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        lists = {name: value for name, value in values.items() if isinstance(value, list) and value}
+        values.update({name: [value[i] for i in places] for name, value in lists.items()})
+        return replace(self, **{**values, "plan": None})
+
     def _piece(self, chosen: slice) -> Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values.update({name: value[chosen] for name, value in values.items() if isinstance(value, list)})
-        return replace(self, **values)
+        return replace(self, **{**values, "plan": None})
 
 
 def collect(
@@ -101,6 +111,7 @@ def collect(
     forms: dict[Tensor, Form],
     previous_point: PreviousPoint,
     originals: Originals,
+    made: list[Made],
     *,
     adjusts_lr: bool,
     replicas: Ranks | None,
@@ -113,6 +124,7 @@ def collect(
         forms: of each parameter that has a state; brought up to date.
         previous_point: has the gradients at x_{t−1} of exact groups.
         originals: knows what lies in flat tensors.
+        made: gets the parameters whose state was made or added to.
         adjusts_lr: see `Batch`; of every AdamW update among them.
         replicas: see `Batch`.
 
@@ -124,13 +136,15 @@ def collect(
         alike = _alike([param for param in group["params"] if param.grad is not None])
         form = decide_form(group, state, forms) if alike else Form.PLAIN
         for params in alike:
-            batch = _batch(group, params, state, forms, form, previous_point, originals)
+            batch = _batch(group, params, state, forms, form, previous_point, originals, made)
             batches.append(replace(batch, adjusts_lr=adjusts_lr and group["update"] == "adamw", replicas=replicas))
     return batches
 
 
 def _alike(params: list[Tensor]) -> list[list[Tensor]]:
     """Lists of parameters of one dtype on one device: mostly one."""
+    if len({(param.dtype, param.device) for param in params}) == 1:
+        return [params]
     lists: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for param in params:
         lists.setdefault((param.dtype, param.device), []).append(param)
@@ -145,28 +159,40 @@ def _batch(
     form: Form,
     previous_point: PreviousPoint,
     originals: Originals,
+    made: list[Made],
 ) -> Batch:
-    for param in params:
-        if param.grad is not None and param.grad.is_sparse:
+    own_grads: list[Any] = [param.grad for param in params]  # hundreds of small tensors take as long as their step
+    for grad in own_grads:
+        if grad.is_sparse:
             raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
     complete = state_keys(params[0].dtype, group, form)
     # Flat tensors have several parts; below, every list has an entry per part.
     parts_of_each = [originals.parts_of(param, group) for param in params]
-    for param in params:
-        if state[param].keys() != complete or forms.get(param) is not form:
-            make_state(param, state[param], group, form)
+    states = [state[param] for param in params]
+    for param, own in zip(params, states, strict=True):
+        if own.keys() != complete or forms.get(param) is not form:
+            before = frozenset(own)
+            make_state(param, own, group, form)
+            if own.keys() - before:
+                made.append((param, before))
             forms[param] = form
     is_adamw = group["update"] == "adamw"
-    steps = [state[param]["step"] for param in params] if is_adamw else []
+    steps = [own["step"] for own in states] if is_adamw else []
     if any(len(own) != 1 for own in parts_of_each):
         # A flat tensor has one t for all: it serves the first part, copies of it the others.
         counts = [len(own) for own in parts_of_each]
         steps = [s for step, n in zip(steps, counts, strict=False) for s in (step, *step.repeat(n - 1).unbind())]
         params = [param for param, n in zip(params, counts, strict=True) for _ in range(n)]
+        states = [state[param] for param in params]
     parts = [part for own in parts_of_each for part in own]
     is_whole = all(part is WHOLE for part in parts)
-    states = [state[param] for param in params]
-    grads = [part.of(param.grad) for part, param in zip(parts, params, strict=True) if param.grad is not None]
+    grads = own_grads
+    if not is_whole:  # an engine's buffers; which execution takes a part must not depend on the rank
+        grads = [
+            part.of(param.grad).contiguous()
+            for part, param in zip(parts, params, strict=True)
+            if param.grad is not None
+        ]
 
     def kept(key: str) -> list[Tensor]:
         if is_whole:  # hundreds of small tensors take as long as their step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .form import kappa_of
 from .groups import KINDS
 from .mars import Mars
-from .sharding import Part, add_up, part_of
+from .sharding import Part, add_up, norms_of_wholes, part_of
 
 
 class _Sums(NamedTuple):
@@ -66,6 +67,21 @@ def step_diagnostics(optimizer: Mars) -> dict[str, float]:
     rows = [_Sums(*row) for row in torch.stack([s.to(whole[0].device) for s in whole]).tolist()] if whole else []
     ratios = _ratios(rows, settings, previous_known)
     return {**ratios, **{f"lr_{kind}": rates[kind] for kind in KINDS if kind in rates}}
+
+
+@torch.no_grad()
+def not_finite(optimizer: Mars, which: str) -> list[Tensor]:
+    """The parameters whose gradient ("grad") or momentum ("exp_avg") is not finite: the same ones on every rank."""
+    pairs = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            value = param.grad if which == "grad" else optimizer.state.get(param, {}).get(which)
+            if value is not None:
+                pairs.append((param, value))
+    parts = [part_of(param) for param, _ in pairs]
+    norms = norms_of_wholes([part.of(value) for part, (_, value) in zip(parts, pairs, strict=True)], parts)
+    values = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+    return [param for (param, _), value in zip(pairs, values, strict=True) if not math.isfinite(value)]
 
 
 def _previous_gradient(optimizer: Mars, param: Tensor, part: Part, grad: Tensor, exact: bool) -> Tensor | None:

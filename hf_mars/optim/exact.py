@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .form import kappa_of
 from .groups import Group
-from .sharding import Part, drop_gathered
+from .sharding import Part, drop_gathered, part_of
+from .skipping import Skip
 
 
 class PreviousPoint:
@@ -94,15 +95,20 @@ class PreviousPoint:
             for param, part, grad in zip(params, parts, grads, strict=True)
         ]
 
-    def keep(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Keep x_t of exact groups, which this step moves away from. Parameters left alone have x_{t+1} = x_t."""
+    def keep(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]], skip: Skip) -> None:
+        """Keep x_t of exact groups, which this step moves away from. Parameters left alone have x_{t+1} = x_t.
+
+        A step that changes nothing leaves x_{t−1} as it is.
+        """
         for group in groups:
             if not group["exact"]:
                 continue
             for param in group["params"]:
                 last_param = state.get(param, {}).get("last_param")
                 if last_param is not None:
-                    last_param.copy_(param)
+                    part = part_of(param)
+                    x, last_x, flag = part.of(param), part.of(last_param), skip.flag(param.device)
+                    last_x.copy_(x if flag is None else torch.where(flag > 0, last_x, x))
                 elif param.grad is not None:
                     state[param]["last_param"] = param.detach().clone(memory_format=torch.preserve_format)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 
 from . import composed
 from .batch import Batch
+from .groups import Group
 from .kernels import cpu, gpu
 from .last_grad import LastNorms
-
-logger = logging.getLogger(__name__)
+from .skipping import Skip
 
 
 class Execution(Protocol):
@@ -21,50 +21,75 @@ class Execution(Protocol):
     @property
     def __name__(self) -> str: ...
 
-    def why_not(self, batch: Batch, /) -> str | None:
-        """Why `step` cannot take `batch`; None if it can."""
+    def measure(self, batches: list[Batch], last_norms: LastNorms, skip: Skip, /) -> Any:
+        """What must be known of whole tensors before anything is changed: norms, for the clip. Changes nothing.
 
-    def step(self, batches: list[Batch], last_norms: LastNorms, /) -> None:
-        """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}.
+        Args:
+            batches: what it can take, as `gpu.split` and `cpu.why_not` say; the composition takes every batch.
+            last_norms: the known ‖g_{t−1}‖₂, which are taken.
+            skip: gets the norms that are measured anyway, unless it is decided.
+
+        Returns:
+            What `step` needs of it.
+        """
+
+    def step(self, batches: list[Batch], measured: Any, last_norms: LastNorms, skip: Skip, /) -> None:
+        """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; nothing where `skip` says so.
 
         Modifies the parameters and their states; may overwrite `previous_grads`. Gradients are not modified.
 
         Args:
-            batches: those that `why_not` has no objection to.
+            batches: those of `measure`.
+            measured: its result.
             last_norms: the known ‖g_{t−1}‖₂; brought up to date.
+            skip: whether the step changes nothing; the host knows that it does not, or only devices know.
         """
 
 
-def by_execution(batches: list[Batch]) -> list[tuple[Execution, list[Batch]]]:
-    """Batches beside the execution that takes them, each execution once."""
+def by_execution(batches: list[Batch], taken: dict[str, dict[str, None]]) -> list[tuple[Execution, list[Batch]]]:
+    """Batches beside the execution that takes them, each execution once.
+
+    Args:
+        batches: of one step.
+        taken: gets, by kind of parameter, the executions in words (in the order of an ordered set).
+    """
     chosen: dict[str, tuple[Execution, list[Batch]]] = {}
     for batch in batches:
-        execution, why_not = choose(batch)
-        if why_not is not None and not torch.compiler.is_compiling():
-            device = batch.params[0].device.type
-            _log_once(f"{batch.group['update']} steps on {device} are composed of torch's kernels: {why_not}")
-        chosen.setdefault(execution.__name__, (execution, []))[1].append(batch)
+        for execution, some, why_not in _shares(batch):
+            if not torch.compiler.is_compiling():
+                words = _NAMES[execution.__name__] + (f" ({why_not})" if why_not else "")
+                taken.setdefault(batch.group["kind"], {})[words] = None
+            chosen.setdefault(execution.__name__, (execution, []))[1].append(some)
     return list(chosen.values())
 
 
-def choose(batch: Batch) -> tuple[Execution, str | None]:
-    """The execution for a batch; and, where that is the composition, the reason that no kernel takes it."""
+def _shares(batch: Batch) -> Iterator[tuple[Execution, Batch, str | None]]:
+    """What of a batch kernels take, and the rest, which is composed, with the reason."""
     if torch.compiler.is_compiling():
-        return composed, "the compiler fuses torch's kernels by itself"
+        yield composed, batch, "the compiler fuses torch's kernels by itself"
+        return
     device = batch.params[0].device
+    rest: Batch | None = batch
     why_not: str | None = f"there are no kernels for {device.type}"
-    for kernels in (gpu, cpu):
-        if kernels.is_for(device):
-            why_not = kernels.why_not(batch)
-            if why_not is None:
-                return kernels, None
-    return composed, why_not
+    if gpu.is_for(device):
+        taken, rest, why_not = gpu.split(batch)
+        if taken is not None:
+            yield gpu, taken, None
+    elif cpu.is_for(device):
+        why_not = cpu.why_not(batch)
+        if why_not is None:
+            yield cpu, batch, None
+            return
+    if rest is not None:
+        yield composed, rest, why_not
 
 
-_logged: set[str] = set()
+_NAMES = {composed.__name__: "torch's kernels", cpu.__name__: "the compiled step", gpu.__name__: "Triton's kernels"}
 
 
-def _log_once(message: str) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        logger.info(message)
+def fused_in_effect(group: Group) -> object:
+    """A group's `fused`, in words where it asks for this package's kernels of CPUs and they are missing."""
+    on_cpus = all(param.device.type == "cpu" for param in group["params"])
+    if group["fused"] and on_cpus and not cpu.is_compiled() and (group["gamma"] != 0 or group["update"] != "adamw"):
+        return "torch's kernels alone (the compiled step of hf_mars is missing)"
+    return group["fused"]

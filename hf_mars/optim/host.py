@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,3 +20,25 @@ def is_captured(tensor: Tensor) -> bool:
         return False
     with torch.cuda.device_of(tensor):
         return torch.cuda.is_current_stream_capturing()
+
+
+def check_captured(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise a RuntimeError where a CUDA graph is made of a step that its replays could not take.
+
+    They repeat the work on the device; what the host knows stays as it is. torch.optim asks for `capturable=True`.
+    """
+    groups = [group for group in groups if any(param.grad is not None for param in group["params"])]
+    if not groups or not is_captured(groups[0]["params"][0]):
+        return
+    for group in groups:
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or lr.is_cpu:
+            raise RuntimeError(
+                f"step() in a CUDA graph: every replay would take lr={lr}; make the optimizer with a tensor on the "
+                "parameters' device (lr=torch.tensor(3e-3, device='cuda')), which schedulers fill anew"
+            )
+        if group["update"] == "adamw" and not group["fused"]:
+            raise RuntimeError(
+                f"step() in a CUDA graph: with foreach={group['foreach']}, fused={group['fused']} the host counts the "
+                "steps, and every replay would correct the bias of the same one; make the optimizer with fused=True"
+            )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .groups import KINDS, LAYOUTS
 
@@ -17,6 +18,11 @@ def _number(value: Any) -> bool:
 
 def _not_negative(value: Any) -> bool:
     return _number(value) and value >= 0
+
+
+def _rate(value: Any) -> bool:
+    """Also a tensor, whose value the host need not know: captured CUDA graphs read it anew in every replay."""
+    return _not_negative(value) or (isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point())
 
 
 def _betas(value: Any) -> bool:
@@ -47,7 +53,7 @@ _STATE_DTYPE = ("float32, bfloat16 or None", lambda v: v is None or dtype_of(v) 
 
 # One row a hyperparameter: what it must be, and the test. The trainer's options use the same rows.
 RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("a number >= 0", _not_negative),
+    "lr": ("a number >= 0", _rate),
     "betas": ("two numbers, each in [0, 1)", _betas),
     "eps": ("a number >= 0", _not_negative),
     "weight_decay": ("a number >= 0", _not_negative),
@@ -60,6 +66,7 @@ RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "last_grad_dtype": _STATE_DTYPE,
     "state_dtype": _STATE_DTYPE,
     "kahan_sum": ("True, False or None", lambda v: v is None or _flag(v)),
+    "skip_nonfinite": ("True or False", _flag),
     "foreach": ("True, False or None", lambda v: v is None or _flag(v)),
     "fused": ("True, False or None", lambda v: v is None or _flag(v)),
     "ns_steps": ("an integer in [1, 100], or None", lambda v: v is None or (type(v) is int and 1 <= v <= 100)),

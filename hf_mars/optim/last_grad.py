@@ -40,6 +40,14 @@ def keep(last_grads: list[Tensor], grads: list[Tensor], finite: list[bool] | Non
     return result
 
 
+def keep_unless(flag: Tensor, last_grads: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """As `keep`, by value; but where `flag` is raised, a number on the device, `last_grads` stay as they are."""
+    for last_grad, grad in zip(last_grads, grads, strict=True):
+        finite = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+        last_grad.copy_(torch.where(flag > 0, last_grad, finite.to(last_grad.dtype)))
+    return last_grads
+
+
 def can_take_over(grad: Tensor) -> bool:
     """Whether memory of `grad` may be kept as g_{t−1} without copying it.
 
@@ -67,7 +75,10 @@ def _owners(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, int]:
 
 
 def _owners_of_a_fresh_gradient() -> tuple[int, int] | None:
-    needed = ((torch, "_lazy_clone"), (Tensor, "_use_count"), (torch.UntypedStorage, "resizable"))
+    needed = (
+        *((torch, "_lazy_clone"), (Tensor, "_use_count"), (torch.UntypedStorage, "resizable")),
+        *((torch._C, "_storage_Use_Count"), (torch._C, "_data_address")),
+    )
     if not all(hasattr(owner, name) for owner, name in needed):
         return None
     param = torch.nn.Parameter(torch.zeros(1))
@@ -88,7 +99,8 @@ class LastNorms:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Any]] = {}
-        self._trusted = True
+        self._vectors: dict[int, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], Tensor, int]] = {}
+        self._trusted = hasattr(torch._C, "_data_address")  # without it, norms are measured anew
 
     def take(self, last_grads: list[Tensor]) -> list[Any]:
         """The norms, which are then forgotten; None where it is not known."""
@@ -105,10 +117,30 @@ class LastNorms:
             for last_grad, norm in zip(last_grads, norms, strict=True):
                 self._known[id(last_grad)] = weakref.ref(last_grad), _contents(last_grad), norm
 
+    def take_vector(self, last_grads: list[Tensor], stream: int) -> Tensor | None:
+        """The norms of all of `last_grads` in one tensor, as `remember_vector` got them; they are then forgotten.
+
+        None where they are not known, are those of other tensors or in another order, or were written on another
+        stream of the device, whose memory may be reused by now.
+        """
+        known = self._vectors.pop(id(last_grads[0]), None) if last_grads else None
+        if known is None or known[3] != stream or len(known[0]) != len(last_grads):
+            return None
+        references, contents, norms, _ = known
+        are_the_same = all(reference() is t for reference, t in zip(references, last_grads, strict=True))
+        return norms if are_the_same and contents == [_contents(t) for t in last_grads] else None
+
+    def remember_vector(self, last_grads: list[Tensor], norms: Tensor, stream: int) -> None:
+        """The norms that `take_vector` is to return: one tensor on the device, which the host need not look at."""
+        if self._trusted:
+            references = [weakref.ref(t) for t in last_grads]
+            self._vectors[id(last_grads[0])] = references, [_contents(t) for t in last_grads], norms, stream
+
     def distrust(self) -> None:
         """Never remember anything again: a captured graph will write to g_{t−1} whenever it is replayed."""
         self._trusted = False
         self._known.clear()
+        self._vectors.clear()
 
 
 def _contents(tensor: Tensor) -> tuple[int, int]:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.utils import _foreach_utils
 
 from .batch import collect
 from .exact import PreviousPoint
-from .execution import by_execution
+from .execution import by_execution, fused_in_effect
 from .form import Form
 from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
+from .host import check_captured
 from .hyperparameters import check_hyperparameters, dtype_name
 from .last_grad import LastNorms
-from .sharding import Originals, Ranks
-from .state import check_updates, load_dtypes
+from .sharding import Originals, Ranks, whole_value
+from .skipping import Norm, Skip, SkippedSteps, norms_to_skip_by
+from .state import FORMAT, FORMAT_KEY, Made, begin_with_zero, check_state_dict, load_dtypes, unmake_states
 
 # Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
 _SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
+
+_GUESSED = (
+    "MarsShampoo takes every parameter with two or more dimensions for a hidden matrix stored (out, in), since shapes "
+    "do not tell; embeddings and output heads would be orthogonalised too, and GPT-2's Conv1D be misread: pass "
+    'hf_mars.param_groups(model), or {"params": matrices, "kind": "matrix"} where that is right'
+)
 
 
 class Mars(Optimizer):
@@ -41,7 +50,7 @@ class Mars(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
+        lr: float | Tensor = 3e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -55,6 +64,7 @@ class Mars(Optimizer):
         last_grad_dtype: torch.dtype | str | None = None,
         state_dtype: torch.dtype | str | None = None,
         kahan_sum: bool | None = None,
+        skip_nonfinite: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
@@ -63,9 +73,18 @@ class Mars(Optimizer):
     def _set_up(
         self, params: Iterable[Any], settings: dict[str, Any], roles: Mapping[Tensor, ParameterRole] | None = None
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params must be parameters, got a module ({type(params).__name__}); pass "
+                "hf_mars.param_groups(model) or model.parameters()"
+            )
         self._roles: Mapping[Tensor, ParameterRole] = roles or {}
         self._originals = Originals()
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._guesses = False
         super().__init__(params, settings)
+        if self._guesses:
+            warnings.warn(_GUESSED, stacklevel=3)  # at the line that makes the optimizer, once for each
         del self._roles  # it would keep alive the parameters that an engine replaces
         self._start_anew()
 
@@ -78,6 +97,11 @@ class Mars(Optimizer):
                 self._originals.add(group)
         else:
             self._originals.follow(before, self.param_groups)
+        for group in self.param_groups:
+            group.setdefault("skip_nonfinite", False)  # checkpoints of 0.1.0 have none
+        self._sizes = {}
+        for group in self.param_groups:
+            self._count(group)
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -85,6 +109,9 @@ class Mars(Optimizer):
         self._forms: dict[Tensor, Form] = {}
         self._last_norms = LastNorms()
         self._previous_point = PreviousPoint()
+        self._told_norms: tuple[Norm, ...] = ()
+        self._skipped_steps = SkippedSteps()
+        self._executions: dict[str, dict[str, None]] = {}
 
     # ---- one step ----
 
@@ -100,27 +127,88 @@ class Mars(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse; or an engine has flattened matrices that the update needs whole; or, in
-                exact mode, the gradient at x_{t−1} was not evaluated.
+                exact mode, the gradient at x_{t−1} was not evaluated; or a CUDA graph is captured, and `lr` is not a
+                tensor on the device, or the host counts the steps (`fused=False`).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_captured(self.param_groups)
         self._previous_point.check(self.param_groups, self.state)
+        told, self._told_norms = self._told_norms, ()
+        norms = told or norms_to_skip_by(self.param_groups, self.previous_grads, self._originals)
+        skip = Skip(norms, is_complete=bool(told))
+        if not skip.on_host():
+            self._step(skip)
+        if not torch.compiler.is_compiling():
+            self._skipped_steps.count(skip, self.param_groups)
+        self._previous_point.forget()
+        return loss
+
+    def _step(self, skip: Skip) -> None:
+        made: list[Made] = []
         batches = collect(
             self.param_groups,
             self.state,
             self._forms,
             self._previous_point,
             self._originals,
+            made,
             adjusts_lr=self.adjusts_lr,
             replicas=self.process_group,
         )
-        self._previous_point.keep(self.param_groups, self.state)
-        for execution, some in by_execution(batches):
-            execution.step(some, self._last_norms)
-        self._previous_point.forget()
-        return loss
+        by_executions = by_execution(batches, self._executions)
+        measured = [execution.measure(some, self._last_norms, skip) for execution, some in by_executions]
+        if skip.on_host():
+            unmake_states(made, self.state, self._forms)
+            return
+        begin_with_zero(made, self.state, skip)
+        self._previous_point.keep(self.param_groups, self.state, skip)
+        for (execution, some), norms in zip(by_executions, measured, strict=True):
+            execution.step(some, norms, self._last_norms, skip)
+
+    # ---- steps that change nothing ----
+
+    def skip_unless_finite(self, *norms: Norm) -> None:
+        """Let the next step() change nothing (no parameter, no state) if one of these norms is not finite.
+
+        For those who have measured them anyway: `optimizer.skip_unless_finite(clip_grad_norm_(…))`. The host does not
+        read a norm on an accelerator. There two things differ from a step that was not there: after a skipped first
+        step the next correction is that of g_0 = 0; and with foreach=True, or fused=False, t counts the step.
+
+        Args:
+            norms: of all gradients, numbers or 0-d tensors, equal in all processes; in exact mode also of those at
+                x_{t−1}. They replace those of an earlier call.
+        """
+        self._told_norms = tuple(whole_value(norm) for norm in norms)
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that changed nothing, since the optimizer was made or loaded."""
+        return self._skipped_steps.read()[0]
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """The number of them since the last step that changed something."""
+        return self._skipped_steps.read()[1]
+
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """By kind of parameter: how many tensors this optimizer was given, and their elements.
+
+        Those of whole parameters, also where an engine has put slices in their place since.
+        """
+        return self._sizes
+
+    @property
+    def executions(self) -> Mapping[str, str]:
+        """What has taken the steps of each kind of parameter so far, in words, by kind.
+
+        "the compiled step", "Triton's kernels" or "torch's kernels", the latter with the reason; empty before the
+        first step, and where the compiler (`torch.compile`) fuses the steps.
+        """
+        return {kind: " and ".join(words) for kind, words in self._executions.items()}
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -213,18 +301,26 @@ class Mars(Optimizer):
             if group["fused"] is None:
                 group["fused"] = _takes_fused_kernel(group)
             super().add_param_group(group)
+            self._count(self.param_groups[-1])
             for key in _SPLIT_KEYS:  # which super() has just copied from the defaults
                 self.param_groups[-1].pop(key, None)
             self._originals.add(self.param_groups[-1])
 
+    def _count(self, group: dict[str, Any]) -> None:
+        tensors, elements = self._sizes.get(group["kind"], (0, 0))
+        numels = [getattr(param, "ds_numel", param.numel()) for param in group["params"]]  # of ZeRO-3's, or its own
+        self._sizes[group["kind"]] = tensors + len(numels), elements + sum(numels)
+
     def _role(self, param: Tensor, settings: dict[str, Any]) -> ParameterRole:
-        guess = self._roles.get(param) if "_roles" in self.__dict__ else None
-        guess = guess or role_of_shape(param)
+        known = self._roles.get(param) if "_roles" in self.__dict__ else None
+        guess = known or role_of_shape(param)
         role = ParameterRole(settings.get("kind", guess.kind), settings.get("layout", guess.layout))
         if role.kind == "matrix" and self.matrix_update == "shampoo" and dimensions(param) < 2:
             raise ValueError(
                 f"kind='matrix' needs two or more dimensions to orthogonalise, got shape {tuple(param.shape)}"
             )
+        if guess.kind == "matrix" and known is None and "kind" not in settings and self.matrix_update == "shampoo":
+            self._guesses = True
         return role
 
     def _settings_of_kind(self, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -233,16 +329,29 @@ class Mars(Optimizer):
             return {"update": "adamw", "lr": plain_rate(settings), **plain_adamw(settings)}
         return {"update": self.matrix_update}
 
+    def __repr__(self) -> str:
+        """The settings of every group, and of `fused` what is in effect."""
+        lines = []
+        for i, group in enumerate(self.param_groups):
+            shown = {key: value for key, value in group.items() if key != "params"} | {"fused": fused_in_effect(group)}
+            lines += [f"Parameter Group {i}", *(f"    {key}: {shown[key]}" for key in sorted(shown))]
+        return "\n".join([f"{type(self).__name__} (", *lines, ")"])
+
     # ---- state dict ----
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with the version of its format under "hf_mars_format"."""
+        return {**super().state_dict(), FORMAT_KEY: FORMAT}
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict() of the same optimizer class over the same groups.
 
         Raises:
-            ValueError: it belongs to another MARS variant, or its groups do not match.
+            ValueError: it belongs to another optimizer, its groups do not match, or values in it are not allowed.
         """
-        check_updates(state_dict["param_groups"], self.param_groups, type(self).__name__)
+        check_state_dict(state_dict, self.param_groups, type(self).__name__)
         super().load_state_dict(state_dict)
         load_dtypes(state_dict, self.param_groups, self.state)
 
@@ -253,7 +362,7 @@ def settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in others}
 
 
-def plain_rate(settings: dict[str, Any]) -> float:
+def plain_rate(settings: dict[str, Any]) -> float | Tensor:
     """The learning rate of what gets no matrix update: `lr_1d`; by default lr where that is AdamW's own, else lr/2."""
     if settings["lr_1d"] is not None:
         return settings["lr_1d"]
@@ -267,6 +376,7 @@ def plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _takes_fused_kernel(group: dict[str, Any]) -> bool:
     """Whether torch's fused AdamW, the fastest, can run on these parameters. Parameters on "meta" move later."""
-    devices = {*_get_fused_kernels_supported_devices(), "meta"}
+    # Without torch's list, which is private, its kernels choose for themselves.
+    devices = {*getattr(_foreach_utils, "_get_fused_kernels_supported_devices", list)(), "meta"}
     tensors = [param[1] if isinstance(param, tuple) else param for param in group["params"]]
     return group["foreach"] is None and all(t.device.type in devices and t.is_floating_point() for t in tensors)

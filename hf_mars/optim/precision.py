@@ -25,9 +25,15 @@ def needs_compensation(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
     return dtype in HALF_PRECISIONS and group["kahan_sum"] is not False
 
 
+def dtype_of_squares(dtype: torch.dtype) -> torch.dtype:
+    """Of v for such parameters by default: float16 would make zero of the square of a gradient below 2⁻¹²."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def needs_wide_copies(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
     """Whether such parameters are updated in full-precision copies: torch's kernels want one dtype throughout."""
-    return needs_compensation(dtype, group) or dtype_of(group["state_dtype"]) not in (None, dtype)
+    averages = dtype_of(group["state_dtype"]) or (dtype_of_squares(dtype) if group["update"] == "adamw" else dtype)
+    return needs_compensation(dtype, group) or averages != dtype
 
 
 @contextlib.contextmanager

@@ -15,12 +15,14 @@ from torch import Tensor
 from .algorithm.correction import initial_average
 from .form import Form, form_of_a_loaded_state, form_of_settings
 from .groups import Group, check_not_flattened
-from .hyperparameters import dtype_of
+from .hyperparameters import check_hyperparameters, dtype_of
 from .last_grad import keep
-from .precision import AVERAGES, needs_compensation
+from .precision import AVERAGES, dtype_of_squares, needs_compensation
 from .sharding import part_of
+from .skipping import Skip
 
 State = dict[str, Any]
+Made = tuple[Tensor, frozenset[str]]  # a parameter, and the keys of its state before something was added
 
 
 def state_keys(dtype: torch.dtype, group: Group, form: Form) -> set[str]:
@@ -40,7 +42,8 @@ def state_keys(dtype: torch.dtype, group: Group, form: Form) -> set[str]:
 def state_dtype(key: str, param: Tensor, group: Group) -> torch.dtype:
     """The dtype that `group` wants a state of `param` in."""
     setting = {"last_grad": "last_grad_dtype", "exp_avg": "state_dtype", "exp_avg_sq": "state_dtype"}.get(key)
-    return (setting and dtype_of(group[setting])) or param.dtype
+    wanted = dtype_of(group[setting]) if setting else None
+    return wanted or (dtype_of_squares(param.dtype) if key == "exp_avg_sq" else param.dtype)
 
 
 def decide_form(group: Group, state: Mapping[Tensor, State], forms: Mapping[Tensor, Form]) -> Form:
@@ -104,16 +107,91 @@ def make_state(param: Tensor, state: State, group: Group, form: Form) -> None:
         state["compensation"] = zeros("compensation")
 
 
-def check_updates(saved_groups: list[Group], groups: list[Group], optimizer: str) -> None:
-    """Raise a ValueError if a state_dict belongs to another MARS variant than `groups` of the class `optimizer`."""
+def unmake_states(made: list[Made], state: dict[Tensor, State], forms: dict[Tensor, Form]) -> None:
+    """Take back what `make_state` has added for a step that changes nothing."""
+    for param, keys in made:
+        forms.pop(param, None)
+        if keys:
+            state[param] = {key: value for key, value in state[param].items() if key in keys}
+        else:
+            del state[param]
+
+
+def begin_with_zero(made: list[Made], state: Mapping[Tensor, State], skip: Skip) -> None:
+    """Where only the device knows that a step changes nothing: let new states begin as if g_t were zero.
+
+    g_t is in them, as the first gradient. With zero, the first correction after it is that of g_0 = 0.
+    """
+    for param, keys in made:
+        flag = skip.flag(param.device)
+        for key in {"last_grad", "exp_avg"} - keys:
+            if flag is not None and key in state[param]:
+                own = part_of(param).of(state[param][key])
+                own.copy_(torch.where(flag > 0, torch.zeros_like(own), own))
+
+
+# Of state dicts, under this key beside "state" and "param_groups"; checkpoints of 0.1.0 and of engines have none.
+FORMAT_KEY = "hf_mars_format"
+FORMAT = 1
+
+
+def check_state_dict(state_dict: dict[str, Any], groups: list[Group], optimizer: str) -> None:
+    """Refuse a state_dict that does not belong to `groups` of the class `optimizer`.
+
+    Raises:
+        ValueError: it is of a later format, of another MARS variant or of no MARS optimizer; a setting in it is out of
+            range; or a moving average or gradient in it is not finite.
+    """
+    if (found := state_dict.get(FORMAT_KEY, FORMAT)) != FORMAT:
+        raise ValueError(f"state_dict: its format is {found!r}, and this version of hf_mars loads {FORMAT}")
+    _check_groups(state_dict["param_groups"], groups, optimizer)
+    _check_finite(state_dict)
+
+
+def _check_finite(state_dict: dict[str, Any]) -> None:
+    for index, state in state_dict["state"].items():
+        for key, value in state.items():
+            if (
+                torch.is_tensor(value)
+                and value.device.type != "meta"
+                and not part_of(value).of(value).isfinite().all()
+            ):
+                raise ValueError(
+                    f"state_dict: {key!r} of parameter {index} is not finite, and would stay so in every later step; "
+                    "go on from an earlier checkpoint"
+                )
+
+
+def _check_groups(saved_groups: list[Group], groups: list[Group], optimizer: str) -> None:
+    if saved_groups and not any("update" in saved for saved in saved_groups):
+        raise ValueError(
+            f"state_dict: was saved by an optimizer that is not one of MARS's, and {optimizer} cannot go on from it; "
+            "start a new run from its weights, or convert AdamW's with hf_mars.optim.from_adamw"
+        )
     if len(saved_groups) != len(groups):
         return  # torch says so
     for i, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
+        try:
+            check_hyperparameters(saved)
+        except ValueError as error:
+            raise ValueError(f"state_dict: param_group {i}: {error}") from None
         if saved.get("update") != own["update"]:
             raise ValueError(
                 f"state_dict: param_group {i} was saved with update={saved.get('update')!r}, but {optimizer} has "
                 f"{own['update']!r} there; load it into the optimizer it came from"
             )
+
+
+def convert_states(groups: list[Group], state: Mapping[Tensor, State]) -> None:
+    """Bring states to the dtypes, and counts to the devices, that their groups' settings ask for by now."""
+    for group in groups:
+        for param in group["params"]:
+            own = state.get(param, {})
+            for key in (*AVERAGES, "last_grad"):
+                if key in own:
+                    own[key] = own[key].to(state_dtype(key, param, group))
+            if "step" in own:
+                own["step"] = own["step"].to(param.device if group["fused"] else "cpu")
 
 
 def load_dtypes(state_dict: dict[str, Any], groups: list[Group], state: Mapping[Tensor, State]) -> None:

@@ -31,7 +31,7 @@ class MarsAdamW(Mars):
     Args:
         params: iterable of parameters, of (name, parameter) pairs, or of param_groups; every setting below may differ
             between groups.
-        lr: learning rate η, at least 0.
+        lr: learning rate η, at least 0; a 0-d tensor of it where CUDA graphs are captured.
         betas: (β1, β2), each in [0, 1).
         eps: ε, at least 0.
         weight_decay: λ, decoupled, at least 0.
@@ -49,6 +49,9 @@ class MarsAdamW(Mars):
         state_dtype: dtype of "exp_avg" and "exp_avg_sq", likewise.
         kahan_sum: keep the rest that rounding drops from the updates of bfloat16 and float16 parameters, in one more
             tensor; None and True do, False does not.
+        skip_nonfinite: measure the gradients, for one read of them, and let a step change nothing where one of them is
+            not finite. Without it that happens where a norm is measured anyway: for `max_norm` (of the gradients that
+            have one), or by the caller (`skip_unless_finite`; a Trainer does).
         foreach: which of torch's AdamW kernels to use, as for `torch.optim.AdamW`; either value turns off this
             package's own kernels.
         fused: by default the step is fused where the device has such kernels: torch's for plain AdamW, this package's
@@ -68,7 +71,7 @@ class MarsAdamW(Mars):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
+        lr: float | Tensor = 3e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -83,6 +86,7 @@ class MarsAdamW(Mars):
         last_grad_dtype: torch.dtype | str | None = None,
         state_dtype: torch.dtype | str | None = None,
         kahan_sum: bool | None = None,
+        skip_nonfinite: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
@@ -140,7 +144,7 @@ class MarsShampoo(Mars):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
+        lr: float | Tensor = 3e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -157,6 +161,7 @@ class MarsShampoo(Mars):
         last_grad_dtype: torch.dtype | str | None = None,
         state_dtype: torch.dtype | str | None = None,
         kahan_sum: bool | None = None,
+        skip_nonfinite: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         roles: Mapping[Tensor, ParameterRole] | None = None,

@@ -38,7 +38,29 @@ class MarsTrainingArguments(TrainingArguments):
         metadata={"help": "Log with the loss what MARS did at that step (with MarsTrainer; docs/diagnostics.md)."},
     )
 
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Stop where the Trainer logs after so many steps in a row that changed nothing, since their "
+            "gradients were not finite (docs/reliability.md)."
+        },
+    )
+    checkpoint_checksums: str = field(
+        default="small",
+        metadata={
+            "help": "Which files of a checkpoint its manifest has checksums of: small (those below 64 MiB) or full "
+            "(all of them, read once more at each save and resume; docs/reliability.md).",
+            "choices": ["small", "full"],
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.checkpoint_checksums not in ("small", "full"):
+            raise ValueError(f"checkpoint_checksums must be 'small' or 'full', got {self.checkpoint_checksums!r}")
+        if not self.max_skipped_steps >= 1:
+            raise ValueError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps!r}")
+        # Which betas were given: a resumed run takes those, and keeps the others as they were saved.
+        self.given_betas = tuple(name for name in MARS_BETAS if getattr(self, name) is not None)
         for name, mars_beta in MARS_BETAS.items():
             if getattr(self, name) is None:
                 setattr(self, name, transformers_default(name) if mars_name(self) is None else mars_beta)

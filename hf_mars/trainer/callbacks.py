@@ -27,7 +27,8 @@ def mars_optimizer(optimizer: Optimizer | None) -> Mars | None:
 
 class MarsDiagnosticsCallback(TrainerCallback):
     """Adds to the logged loss a description of that step: the values of `hf_mars.optim.diagnostics.step_diagnostics`,
-    each under its name with "mars/" before it.
+    each under its name with "mars/" before it, and "mars/skipped_steps", how many steps this process has skipped
+    (`Mars.skipped_steps`).
 
     Steps that are not logged measure nothing. The values go wherever the loss goes: `log_history`,
     `trainer_state.json` and the reporters (TensorBoard, Trackio, W&B). Callbacks are called in the order of the
@@ -39,7 +40,6 @@ class MarsDiagnosticsCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._flow = DefaultFlowCallback()
         self._hook: RemovableHandle | None = None
         self._diagnostics: dict[str, float] = {}
 
@@ -62,7 +62,7 @@ class MarsDiagnosticsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         mars = mars_optimizer(optimizer)
-        if mars is not None and self._will_log(args, state, kwargs.get("train_dataloader")):
+        if mars is not None and will_log(args, state, kwargs.get("train_dataloader")):
             # Measured only in step(): a gradient scaler (fp16) may unscale the gradients as late as on its way there.
             self._hook = mars.register_step_pre_hook(self._measure)
 
@@ -89,18 +89,22 @@ class MarsDiagnosticsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._diagnostics and logs is not None and "loss" in logs:
+            mars = mars_optimizer(kwargs.get("optimizer"))
+            if mars is not None:  # by now the step under way counts
+                self._diagnostics["mars/skipped_steps"] = mars.skipped_steps
             logs.update(self._diagnostics)
             if state.log_history and "loss" in state.log_history[-1]:  # which holds a copy of logs by now
                 state.log_history[-1].update(self._diagnostics)
             self._diagnostics = {}
 
-    def _will_log(self, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> bool:
-        """Whether the Trainer will log at the end of the update under way: its own rule, asked one step ahead."""
-        if args.logging_strategy == IntervalStrategy.EPOCH:
-            return _ends_epoch(state, train_dataloader, args.gradient_accumulation_steps)
-        ahead = copy.copy(state)
-        ahead.global_step += 1
-        return self._flow.on_step_end(args, ahead, TrainerControl()).should_log
+
+def will_log(args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> bool:
+    """Whether the Trainer will log at the end of the update under way: its own rule, asked one step ahead."""
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        return _ends_epoch(state, train_dataloader, args.gradient_accumulation_steps)
+    ahead = copy.copy(state)
+    ahead.global_step += 1
+    return DefaultFlowCallback().on_step_end(args, ahead, TrainerControl()).should_log
 
 
 def _ends_epoch(state: TrainerState, train_dataloader: Any, gradient_accumulation_steps: int) -> bool:

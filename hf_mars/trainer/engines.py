@@ -41,6 +41,8 @@ def check_engine(args: TrainingArguments, settings: dict[str, Any]) -> None:
             f"{name} does not work with Megatron-LM, which makes optimizers of its own for its pipeline and tensor "
             "parallelism; use FSDP2 (fsdp_version: 2)"
         )
+    if exact and args.fp16:
+        raise ValueError("optim_args exact=true does not work with fp16=True; use bf16=True or full precision")
     if args.deepspeed_plugin is not None:
         _check_deepspeed(name, args.deepspeed_plugin.hf_ds_config.config, exact)
     if exact and args.n_gpu > 1:

@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from ..optim import MarsShampoo
-from ..optim.groups import KINDS
+from ..optim.groups import KINDS, Group
 from ..optim.mars import Mars
 from .names import mars_name
 from .options import hyperparameters, optimizer_class
@@ -28,9 +28,15 @@ def describe_optimizer_of(trainer: Trainer) -> str | None:
     if optimizer is None:
         name = mars_name(trainer.args)
         optimizer = None if name is None else _optimizer_to_be(name, trainer.args)
-    while not isinstance(optimizer, Mars) and hasattr(optimizer, "optimizer"):  # accelerate wraps it, and DeepSpeed
-        optimizer = optimizer.optimizer
-    return describe(optimizer) if isinstance(optimizer, Mars) else None
+    mars = mars_inside(optimizer)
+    return None if mars is None else describe(mars)
+
+
+def mars_inside(optimizer: Any) -> Mars | None:
+    """The MARS optimizer under the wrappers of accelerate and DeepSpeed; None if there is none."""
+    while optimizer is not None and not isinstance(optimizer, Mars):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
 
 
 def _optimizer_to_be(name: str, args: TrainingArguments) -> Mars:
@@ -56,14 +62,20 @@ def describe(optimizer: Mars) -> str:
         groups = [group for group in used if group["kind"] == kind]
         if not groups:
             continue
-        settings = dict(groups[0], lr=groups[0].get("initial_lr", groups[0]["lr"]))
-        settings["weight_decay"] = max(group["weight_decay"] for group in groups)
-        update = settings["update"]
-        names = [*_SHOWN_OF_UPDATE[update], *(name for name in _SHOWN_IF_SET if settings[name] is not None)]
-        shown = ", ".join(f"{name}={_plain(settings[name])}" for name in names)
-        parts.setdefault(f"{update} with {shown}", []).append(kind)
+        parts.setdefault(shown_settings(optimizer, groups), []).append(kind)
     listed = "; ".join(f"{' and '.join(kinds)} parameters: {part}" for part, kinds in parts.items())
     return f"{type(optimizer).__name__} (MARS, arXiv:2411.10438). {listed}"
+
+
+def shown_settings(optimizer: Mars, groups: list[Group]) -> str:
+    """In words, the update of groups of one kind and its hyperparameters, as the schedule starts from them."""
+    settings = dict(groups[0], lr=groups[0].get("initial_lr", groups[0]["lr"]))
+    settings["weight_decay"] = max(group["weight_decay"] for group in groups)
+    update = settings["update"]
+    names = [*_SHOWN_OF_UPDATE[update], *(name for name in _SHOWN_IF_SET if settings[name] is not None)]
+    if optimizer.adjusts_lr and settings["gamma"] > 0:
+        names.append("adjust_lr_fn")
+    return f"{update} with {', '.join(f'{name}={_plain(settings[name])}' for name in names)}"
 
 
 def _plain(value: Any) -> Any:

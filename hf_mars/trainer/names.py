@@ -38,6 +38,13 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
     }
 )
 
+# The keys that optim_args may have, under any name; options.py has their ranges and says which are whose.
+OPTIM_ARGS = (
+    *("gamma", "max_norm", "exact", "beta1", "beta2", "eps", "lr_1d", "beta1_1d", "beta2_1d", "optimize_1d"),
+    *("last_grad_dtype", "state_dtype", "kahan_sum", "foreach", "fused"),
+    *("ns_steps", "adjust_lr_fn", "orthogonalize_embeddings"),
+)
+
 
 def optim_name(args: TrainingArguments) -> str:
     """The optimizer name in `args.optim`, which holds a string at first and a member of `OptimizerNames` later."""
@@ -48,3 +55,11 @@ def mars_name(args: TrainingArguments) -> str | None:
     """The optimizer name in `args.optim` if it is one of MARS's, else None."""
     name = optim_name(args)
     return name if name in VARIANTS else None
+
+
+def nearest_optimizer(name: str) -> str:
+    """In words, that a name is no optimizer's, the nearest of MARS's, and all of those."""
+    import difflib  # here: every Python that starts with HF_MARS=1 imports this module
+
+    nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.0)[0]
+    return f"there is no such optimizer; the nearest is {nearest}. MARS's are {', '.join(VARIANTS)}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Change = Callable[[ModuleType], None]
 
-_changes: dict[str, Change] = {}
+_changes: dict[str, list[Change]] = {}
 
 
 def when_imported(name: str, change: Change) -> None:
@@ -29,7 +29,9 @@ def when_imported(name: str, change: Change) -> None:
         name: a module.
         change: may be called more than once for one module. It must import nothing that imports the module.
     """
-    _changes[name] = change
+    changes = _changes.setdefault(name, [])
+    if change not in changes:
+        changes.append(change)
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     if name in sys.modules:
@@ -56,9 +58,9 @@ class _Finder:
 class _ChangingLoader:
     """A module's own loader, except that it changes the module right after its code has run, still in its import."""
 
-    def __init__(self, loader: Any, change: Change):
+    def __init__(self, loader: Any, changes: Sequence[Change]):
         self._loader = loader
-        self._change = change
+        self._changes = changes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -66,7 +68,8 @@ class _ChangingLoader:
     def exec_module(self, module: Any) -> None:
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        self._change(module)
+        for change in self._changes:
+            change(module)
 
 
 _FINDER = _Finder()

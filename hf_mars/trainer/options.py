@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from ..optim.mars import Mars
 from .arguments import MARS_BETAS, MarsTrainingArguments
 from .defaults import mars_default, transformers_default
 from .engines import check_engine
-from .names import VARIANTS, optim_name
+from .names import OPTIM_ARGS, VARIANTS, optim_name
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +85,7 @@ OPTIONS = {
     "last_grad_dtype": _as_in_optimizer("last_grad_dtype", _or_none(str)),
     "state_dtype": _as_in_optimizer("state_dtype", _or_none(str)),
     "kahan_sum": _as_in_optimizer("kahan_sum", _or_none(_bool)),
+    "skip_nonfinite": _as_in_optimizer("skip_nonfinite", _bool),
     "foreach": _as_in_optimizer("foreach", _or_none(_bool)),
     "fused": _as_in_optimizer("fused", _or_none(_bool)),
 }
@@ -92,6 +95,9 @@ SHAMPOO_OPTIONS = {
     **ADJUST_LR_FN,
     "orthogonalize_embeddings": _as_in_optimizer("orthogonalize_embeddings", _bool),
 }
+
+# transformers' optimizers that read no key of optim_args that MARS has, and drop what they do not read (5.3 to 5.24).
+_WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "sgd")
 
 # Keys that people try here, and the TrainingArguments that have them.
 _ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
@@ -133,6 +139,8 @@ def parse_optim_args(optim_args: str | None, name: str) -> dict[str, Any]:
                 f"optim_args={optim_args!r} has an empty entry; write key=value, separated by single commas, "
                 f"with keys out of {', '.join(options)}"
             )
+        if not equals and ":" in key:
+            raise ValueError(f"optim_args: {key!r} is not key=value; write {'='.join(key.split(':', 1))}")
         if key not in options:
             raise ValueError(_unknown_key(key, text, name, options))
         allowed, parse, is_allowed = options[key]
@@ -158,6 +166,23 @@ def _unknown_key(key: str, text: str, name: str, options: Mapping[str, Option]) 
     elif key in VARIANTS[name].fixed:
         message += f"; {name} stands for {key}={VARIANTS[name].fixed[key]}, use mars_shampoo to choose it"
     return f"{message}. Valid: {', '.join(options)}"
+
+
+def ignored_option(args: TrainingArguments) -> str | None:
+    """The first entry of `optim_args` that is an option of MARS and that the optimizer makes no use of; else None.
+
+    Args:
+        args: with a name as `optim` that is not MARS's.
+    """
+    if optim_name(args) not in _WITHOUT_ARGS:
+        return None  # other keys are that optimizer's business
+    entries = [entry.strip() for entry in str(args.optim_args or "").split(",")]
+    return next((entry for entry in entries if entry.partition("=")[0].strip() in OPTIM_ARGS), None)
+
+
+def text_of(optim_args: Mapping[str, Any]) -> str:
+    """The text that a mapping of options stands for; transformers parses that too, before it asks for an optimizer."""
+    return ",".join(f"{key}={value}" for key, value in optim_args.items())
 
 
 # ---- from TrainingArguments to an optimizer ----
@@ -188,6 +213,9 @@ def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
     if "beta1_1d" in parsed or "beta2_1d" in parsed:
         beta1_1d, beta2_1d = mars_default("betas_1d")
         parsed["betas_1d"] = (parsed.pop("beta1_1d", beta1_1d), parsed.pop("beta2_1d", beta2_1d))
+    allowed, is_allowed = RANGES["lr"]
+    if not is_allowed(args.learning_rate):
+        raise ValueError(f"learning_rate must be {allowed}, got {args.learning_rate!r}")
     kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **parsed, **VARIANTS[name].fixed}
     check_hyperparameters(kwargs)
     return kwargs
@@ -219,7 +247,7 @@ def checked_settings(args: TrainingArguments) -> tuple[type[Mars], dict[str, Any
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[Mars], dict[str, Any]]:
-    """The counterpart of `Trainer.get_optimizer_cls_and_kwargs` for MARS names; logs the hyperparameters.
+    """The counterpart of `Trainer.get_optimizer_cls_and_kwargs` for MARS names.
 
     Args:
         args: see `checked_settings`.
@@ -233,11 +261,10 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         ValueError: see `checked_settings`; or MarsShampoo is not given the model.
     """
     optimizer_cls, kwargs = checked_settings(args)
-    logger.info(f"{optimizer_cls.__name__}({', '.join(f'{key}={value!r}' for key, value in kwargs.items())})")
     if args.device.type == "cpu" and not is_compiled():
         logger.warning(
-            "the compiled step of hf_mars is missing (no C compiler when it was installed, or torch's threads are not "
-            "OpenMP's): steps on CPUs are composed of torch's kernels, as right but slower (docs/performance.md)"
+            f"the compiled step of hf_mars is missing ({_why_not_compiled()}): steps on CPUs are composed of torch's "
+            "kernels, as right but slower (docs/performance.md)"
         )
     if optimizer_cls is MarsShampoo:
         if model is None:
@@ -246,3 +273,15 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
             kwargs["process_group"] = torch.distributed.group.WORLD
     return optimizer_cls, kwargs
+
+
+def _why_not_compiled() -> str:
+    """A checkout in the folder that is started from hides an installed package, which may have the compiled step."""
+    ours = Path(optim.__file__).resolve().parents[1]
+    try:
+        installed = Path(str(distribution("hf_mars").locate_file("hf_mars"))).resolve()
+    except PackageNotFoundError:
+        return f"{ours} is not installed; pip install -e there compiles it"
+    if installed != ours and installed.is_dir():
+        return f"{ours} hides the installed {installed}: use python -m hf_mars.clm elsewhere, or pip install -e here"
+    return "no C compiler when it was installed, or torch's threads are not OpenMP's"

@@ -1,6 +1,6 @@
 """Makes MARS's names valid values of `TrainingArguments.optim` that every Trainer can use, by changing transformers.
 
-Four modules of transformers are changed, each when a script imports it (`on_import`): `import hf_mars` alone imports
+Five modules of transformers are changed, each when a script imports it (`on_import`): `import hf_mars` alone imports
 neither transformers nor torch. Functions that are put into them import the rest of this package when they are called.
 """
 
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .names import VARIANTS, mars_name
+from .names import VARIANTS, mars_name, nearest_optimizer, optim_name
 from .on_import import when_imported, wrap_once
 from .versions import check_transformers
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
     from transformers.trainer_optimizer import OptimizerContext
@@ -38,11 +40,13 @@ def register() -> None:
     when_imported("transformers.training_args", _add_names)
     when_imported("transformers.trainer_optimizer", _add_handlers)
     when_imported("transformers.modelcard", _describe_in_cards)
+    when_imported("transformers.trainer", _add_to_trainer)
+    when_imported("transformers.trainer_callback", _add_summary)
 
 
 def diagnose_every_trainer() -> None:
     """Give each Trainer made from now on a `MarsDiagnosticsCallback`, before its reporters."""
-    when_imported("transformers.trainer", _add_callback)
+    when_imported("transformers.trainer", _add_diagnostics)
 
 
 def log_every_trainer() -> None:
@@ -68,10 +72,17 @@ def _with_checks(post_init: Callable[..., None]) -> Callable[..., None]:
     """
 
     def post_init_with_checks(self: TrainingArguments, *args: Any, **kwargs: Any) -> None:
+        name = optim_name(self)
         if mars_name(self) is not None:
-            from .options import hyperparameters
+            from .options import hyperparameters, text_of
 
+            if isinstance(self.optim_args, Mapping):
+                self.optim_args = text_of(self.optim_args)
             hyperparameters(self)
+        elif name.startswith("mars"):
+            raise ValueError(f"optim={name!r}: {nearest_optimizer(name)}")
+        elif self.optim_args:
+            _check_not_ignored(self)
         post_init(self, *args, **kwargs)
         if mars_name(self) is not None:
             from .options import checked_settings
@@ -79,6 +90,19 @@ def _with_checks(post_init: Callable[..., None]) -> Callable[..., None]:
             checked_settings(self)  # the engine's configuration is only known by now
 
     return post_init_with_checks
+
+
+def _check_not_ignored(args: TrainingArguments) -> None:
+    """Options of MARS beside an optimizer that drops them: an error in our own arguments, a warning in others'."""
+    from .arguments import MarsTrainingArguments
+    from .options import ignored_option
+
+    ignored = ignored_option(args)
+    if ignored is not None:
+        message = f"optim_args: {ignored!r} is for MARS, and optim={optim_name(args)!r} makes no use of it"
+        if isinstance(args, MarsTrainingArguments):
+            raise ValueError(f"{message}; choose one of {', '.join(VARIANTS)}, or leave it out")
+        logger.warning(message)
 
 
 def _add_member(enum: type[OptimizerNames], value: str) -> None:
@@ -164,10 +188,116 @@ def _with_mars(extract: Callable[[Trainer], dict[str, Any]]) -> Callable[[Traine
     return extract_with_mars
 
 
+# ---- transformers.trainer_callback: the line that says what is in effect ----
+
+
+def _add_summary(trainer_callback: ModuleType) -> None:
+    wrap_once(trainer_callback.CallbackHandler, "on_optimizer_step", _with_summary)
+
+
+def _with_summary(on_optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
+    def on_optimizer_step_with_summary(
+        self: CallbackHandler, args: TrainingArguments, *rest: Any, **kwargs: Any
+    ) -> Any:
+        from .summary import show_once
+
+        show_once(args, self.optimizer)
+        return on_optimizer_step(self, args, *rest, **kwargs)
+
+    return on_optimizer_step_with_summary
+
+
+# ---- transformers.trainer: saving, resuming, skipped steps ----
+
+
+def _add_to_trainer(trainer: ModuleType) -> None:
+    wrap_once(trainer, "rotate_checkpoints", _after_saving)
+    wrap_once(trainer.Trainer, "create_optimizer", _remembered)
+    wrap_once(trainer.Trainer, "_load_optimizer_and_scheduler", _with_settings_given)
+    wrap_once(trainer.Trainer, "_clip_grad_norm", _checked)
+    wrap_once(trainer.Trainer, "_get_grad_norm", _told)
+
+
+def _after_saving(rotate: Callable[..., None]) -> Callable[..., None]:
+    """Delete no old checkpoint as long as one is being saved: MarsTrainer deletes when it is whole."""
+
+    def rotate_after_saving(output_dir: str, *args: Any, **kwargs: Any) -> None:
+        from .checkpoint_saving import being_saved
+
+        if Path(output_dir) not in being_saved:
+            rotate(output_dir, *args, **kwargs)
+
+    return rotate_after_saving
+
+
+def _remembered(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Note how a MARS optimizer was made from its name, but for one that the user has made."""
+
+    def create_and_remember(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        optimizer = create(self, *args, **kwargs)
+        if is_new and mars_name(self.args) is not None:
+            from .resuming import remember
+
+            remember(optimizer, self.args)
+        return optimizer
+
+    return create_and_remember
+
+
+def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
+    """Settings that the arguments give take effect after a checkpoint is loaded."""
+
+    def load_then_apply(self: Trainer, checkpoint: str | None) -> None:
+        if checkpoint is None or mars_name(self.args) is None:
+            load(self, checkpoint)
+            return
+        from .checkpoints import ResumeError
+        from .resuming import apply_given
+
+        try:
+            load(self, checkpoint)
+            apply_given(self)
+        except ValueError as error:
+            raise ResumeError(f"{checkpoint}: {error}") from error
+
+    return load_then_apply
+
+
+def _checked(clip: Callable[..., Any]) -> Callable[..., Any]:
+    """Look at the gradients of logged steps before they are clipped."""
+
+    def check_and_clip(self: Trainer, model: nn.Module) -> Any:
+        if mars_name(self.args) is not None:
+            from .skipping import check_finite
+
+            check_finite(self, model)
+        return clip(self, model)
+
+    return check_and_clip
+
+
+def _told(get_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell the optimizer the norm of its gradients, by which it skips a step with one that is not finite."""
+
+    def get_norm_and_tell(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
+        if mars_name(self.args) is None or self.is_deepspeed_enabled:
+            return get_norm(self, model, grad_norm=grad_norm)  # DeepSpeed has taken its step by now
+        from .skipping import check_finite, tell_norm
+
+        if grad_norm is None:  # it was not clipped
+            check_finite(self, model)
+        norm = get_norm(self, model, grad_norm=grad_norm)
+        tell_norm(self, norm)
+        return norm
+
+    return get_norm_and_tell
+
+
 # ---- transformers.trainer: diagnostics in every Trainer, where they are asked for ----
 
 
-def _add_callback(trainer: ModuleType) -> None:
+def _add_diagnostics(trainer: ModuleType) -> None:
     from .callbacks import MarsDiagnosticsCallback
 
     if MarsDiagnosticsCallback not in trainer.DEFAULT_CALLBACKS:

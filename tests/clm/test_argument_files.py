@@ -74,12 +74,12 @@ def test_values_of_a_file_arrive_as_they_are_written(tmp_path, text, expected):
     [
         ("- a list", "must hold one mapping"),
         ("{unclosed", "cannot be read as a file of arguments"),
-        (None, "cannot be read as a file of arguments"),
+        (None, "there is no such file of arguments"),
         ("report_to: []", r"report_to: \[\]: is an empty list; leave it out for the default"),
         ("include: parts/a.yaml", r"include: 'parts/a\.yaml': must be a list of files"),
         ("include: [1]", r"include: \[1\]: must be a list of files"),
         ("include: [b.yaml]", r"b\.yaml: include: arguments\.yaml: would include itself"),
-        ("include: [missing.yaml]", r"missing\.yaml: cannot be read"),
+        ("include: [missing.yaml]", r"missing\.yaml: there is no such file"),
     ],
 )
 def test_a_file_that_holds_no_arguments(tmp_path, text, message):

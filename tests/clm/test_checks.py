@@ -1,12 +1,16 @@
 """Arguments that cannot work are refused in one message that names the argument, its value and what is allowed."""
 
+import re
+
 import pytest
-from clm_helpers import parse, run_main, write_documents, write_token_bin
+from clm_helpers import QUIET, parse, run_main, write_documents, write_token_bin
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_mars.clm.checks import check_arguments, set_accumulation
 from hf_mars.clm.errors import UsageError
+from hf_mars.clm.model import load_config
+from hf_mars.clm.processes import check_all_are_seen
 from hf_mars.clm.run import main
 
 
@@ -40,12 +44,23 @@ REFUSED = {
     "--learning_rate abc": "--learning_rate.* invalid float value: 'abc'",
     "--lora 4": "ambiguous option: --lora could match --lora_r",
     "--seed": "--seed: expected one argument",
-    "--train_file 1.jsonl 2.jsonl": "2.jsonl: belongs to no argument; .*pattern in quotes, .*file of arguments first",
+    "--train_file two.jsonl 2.jsonl": "2.jsonl: belongs to no argument; .*pattern in quotes, .*file of arguments",
     "--max_steps 3 a.yaml": "a.yaml: belongs to no argument; .*pattern in quotes, .*file of arguments first",
     "--optim_args gamm=0.1": r"'gamm'.*nearest.*'gamma'",
     "--optim_args gamma=abc": "gamma='abc'",
     "--learning_rat_ 1": "unknown argument --learning_rat_; the nearest valid one is --learning_rate",
-    "--optim mars_adam": "mars_adam is not a valid OptimizerNames",
+    "--optim mars_adam": "--optim mars_adam: .*nearest is mars_adamw. MARS's are mars_adamw, mars_lion,",
+    "--gamma 0.1": "unknown argument --gamma; .*--optim_args gamma=0.1$",
+    "--gamm 0.1": "unknown argument --gamm; the nearest valid one is --optim_args gamma=0.1$",
+    "--beta1=0.8": "unknown argument --beta1; .*--optim_args beta1=0.8$",
+    "--optim_args gamma:0.1": "'gamma:0.1' is not key=value; write gamma=0.1$",
+    "--optim_args exact=true --fp16": "exact=true does not work with fp16=True",
+    "--optim adamw_torch --optim_args gamma=0.1": "'gamma=0.1' is for MARS, and optim='adamw_torch'",
+    "--train_file empty.txt": "--train_file empty.txt: is empty",
+    "--validation_file empty.jsonl": "--validation_file empty.jsonl: is empty",
+    "--dataset_name ./nosuch": "--dataset_name ./nosuch: there is no such folder",
+    "--model_name_or_path /no/such": "--model_name_or_path /no/such: there is no such folder",
+    "nosuch.yaml": "nosuch.yaml: there is no such file of arguments",
     "--model_type nosuch": "--model_type nosuch: .*Allowed: .*gpt2",
     "--model_type gpt2 --config_name c": "--model_type gpt2: --config_name c",
     "--model_type gpt2 --model_name_or_path m": "--model_type gpt2: .*--model_name_or_path m",
@@ -55,10 +70,10 @@ REFUSED = {
     "--config_overrides n_layer=many": "--config_overrides n_layer=many: .*many",
     "--vocab_size 300 --model_name_or_path m": "--vocab_size 300: .*--model_name_or_path brings one",
     "--vocab_size 300 --tokenizer_name t": "--vocab_size 300: .*--tokenizer_name brings one",
-    "--vocab_size 100": "--vocab_size 100: must be at least 257",
-    "--model_name_or_path ./nosuch": "--model_name_or_path ./nosuch: no model configuration there",
-    "--config_name ./nosuch": "--config_name ./nosuch: no model configuration there",
-    "--tokenizer_name ./nosuch": "--tokenizer_name ./nosuch: no tokenizer there",
+    "--vocab_size 100": "--vocab_size 100: must be between 257,",
+    "--model_name_or_path ./nosuch": "--model_name_or_path ./nosuch: there is no such folder",
+    "--config_name ./nosuch": "--config_name ./nosuch: there is no such folder",
+    "--tokenizer_name ./nosuch": "--tokenizer_name ./nosuch: there is no such folder",
     "--block_size 1": "--block_size 1: must be at least 2",
     "--block_size 64 --config_overrides n_positions=32": "--block_size 64: .* 32 positions; allowed: 2 to 32",
     "--block_size 2000 --model_type gpt2": "--block_size 2000: the model has 1024 positions",
@@ -66,7 +81,7 @@ REFUSED = {
     "--max_eval_samples 0": "--max_eval_samples 0: must be at least 1",
     "--preprocessing_num_workers 0": "--preprocessing_num_workers 0: must be at least 1",
     "--validation_split_percentage 100": "--validation_split_percentage 100: must be between 0 and 99",
-    "--validation_split_percentage 0": "--validation_split_percentage 0: leaves nothing to evaluate on",
+    "--validation_split_percentage 0 --do_train --do_eval": "--validation_split_percentage 0: leaves nothing",
     "--train_file a.doc": r"--train_file a.doc: .*\.parquet",
     "--train_file missing.txt": "--train_file missing.txt: there is no such file",
     "--train_file here.txt --dataset_name d": "--train_file here.txt: .*--dataset_name d",
@@ -101,12 +116,12 @@ REFUSED = {
     "--train_file t.bin --text_column body": "--text_column body: token files have no columns",
     "--train_file t.bin --vocab_size 300": "--vocab_size 300: no tokenizer is trained for token files",
     "--train_file t.bin --sample_prompt It": "--sample_prompt It: needs the tokenizer of the token files",
-    "--train_file t.bin --validation_split_percentage 0": "--validation_split_percentage 0: leaves nothing",
+    "--train_file t.bin --validation_split_percentage 0 --do_eval": "--validation_split_percentage 0: leaves nothing",
     "--global_batch_size 12": "--global_batch_size 12: must be a multiple of 8, --per_device_train_batch_size 8 on 1",
     "--do_train false": "--do_train false --do_eval false: there is nothing to do",
     "--do_train --eval_on_start": "--eval_on_start true: needs evaluation",
     "--prediction_loss_only true": "--prediction_loss_only true: .*computed from the logits",
-    "--resume_from_checkpoint true": "--resume_from_checkpoint true: there is no complete checkpoint",
+    "--resume_from_checkpoint true": "--resume_from_checkpoint true: there is no whole checkpoint",
     "--resume_from_checkpoint nosuch": "--resume_from_checkpoint nosuch: .*allowed: true, auto, false or the path",
     "--resume_from_checkpoint auto --overwrite_output_dir": "--resume_from_checkpoint auto: contradicts",
 }
@@ -117,6 +132,8 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch, arguments, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.txt").write_text("one")
     (tmp_path / "two.txt").write_text("one\ntwo\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.jsonl").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "held_out").mkdir()
     tokenizer = Tokenizer(models.WordLevel({"one": 0, "[UNK]": 1}, "[UNK]"))
@@ -127,7 +144,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch, arguments, m
     (tmp_path / "b.bin").write_bytes(b"abc")
     write_token_bin(tmp_path / "t.bin", [60000] * 20)
     with pytest.raises(UsageError, match=message):
-        main(["--output_dir", "out", "--use_cpu", "--cache_dir", "cache", *arguments.split()])
+        main([*arguments.split(), "--output_dir", "out", "--use_cpu", "--cache_dir", "cache"])
     assert not (tmp_path / "out").exists()
 
 
@@ -151,3 +168,50 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(trained, tmp_path):
         run_main("--output_dir", tmp_path / "out", "--model_name_or_path", model, "--tokenizer_name", trained[0])
     with pytest.raises(UsageError, match=r"--model_name_or_path .*: no tokenizer there; give --tokenizer_name"):
         run_main("--output_dir", tmp_path / "out", "--model_name_or_path", model)
+
+
+@pytest.mark.parametrize(
+    "arguments, way",
+    [
+        (
+            "",
+            r"validation text \(5 per cent of the rows\) has only \d+ tokens; give --block_size (\d+) or less",
+        ),
+        ("", r"or (--validation_split_percentage 0) to train without evaluation"),
+        (
+            "--validation_split_percentage 70",
+            r"training text has only \d+ tokens; give --block_size (\d+) or less",
+        ),
+    ],
+)
+def test_what_works_with_little_data_is_said_at_once(tmp_path, monkeypatch, arguments, way):
+    """40 short rows: every way that the message names works."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").write_text("".join(f"row {i}\n" for i in range(40)))
+    run = ["--train_file", "rows.txt", "--max_steps", "1", "--save_strategy", "no", "--cache_dir", "cache"]
+    run += ["--config_overrides", "n_layer=1,n_head=2,n_embd=32", "--vocab_size", "260", *arguments.split(), *QUIET]
+    with pytest.raises(UsageError) as error:
+        main([*run, "--block_size", "128", "--output_dir", "a"])
+    named = re.search(way, str(error.value))
+    assert named, error.value
+    value = named[1]
+    options = ["--block_size", value] if value.isdigit() else ["--block_size", "128", *value.split()]
+    results = main([*run, *options, "--output_dir", "b"])
+    assert results["train_loss"] > 0 and ("eval_loss" in results) == value.isdigit()
+
+
+def test_processes_that_see_only_themselves_are_refused(monkeypatch, tmp_path):
+    """As under torchrun on a machine without a GPU, where --use_cpu is missing: two runs in one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"WORLD_SIZE=2: .*each sees only itself.* give --use_cpu"):
+        check_all_are_seen(1)
+    check_all_are_seen(2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_all_are_seen(1)
+
+
+def test_the_sizes_that_are_printed_are_those_that_are_trained(caplog, monkeypatch):
+    caplog.set_level("INFO")
+    model_args, *_ = parse("--output_dir", "x", "--config_overrides", "n_layer=2,n_embd=64")
+    load_config(model_args, 32)
+    assert "a small GPT-2 from scratch (n_layer=2, n_head=4, n_embd=64, n_positions=32)" in caplog.text

@@ -112,7 +112,7 @@ def test_a_data_set_by_name(load, tmp_path, streaming):
         ({"train_file": "missing.txt"}, "--train_file .*missing.txt: there is no such file"),
         ({"validation_file": "missing.csv"}, "--validation_file .*missing.csv: there is no such file"),
         ({"train_file": "a.doc"}, r"--train_file .*a.doc: .*\.txt, \.csv, \.json, \.jsonl, \.parquet"),
-        ({"train_file": "empty.txt"}, "--train_file .*empty.txt: cannot be read: "),
+        ({"train_file": "empty.txt"}, "--train_file .*empty.txt: is empty"),
         ({"train_file": "numbers.csv"}, "numbers.csv: there is no column of strings; the columns are: a, b"),
         ({"train_file": "line.txt"}, "--validation_split_percentage 5: 1 row"),
         ({"dataset_name": "no-such-owner/no-such-data-set"}, "--dataset_name no-such-owner/no-such-data-set: "),

@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 from launch_helpers import ROOT, launch
 from transformers import GPT2Config
 
@@ -46,9 +47,10 @@ RUNS = {
     "diagnostics_cost": ("", 0, tiny_diagnostics_cost),
     "exact_cost": ("--n_layer 1 --n_embd 8 --vocab 32 --block 8 --batch 1 --accumulate 1 --turn 1 --turns 2", 2, None),
     "exact_variance": ("--seeds 1 --lrs 0.1", 9, None),
+    "host_time": ("--turns 3", 24, None),
     "low_precision": ("", 6, tiny_low_precision),
     "state_bytes": ("", 26, None),
-    "step_time": ("--steps 1 --device cpu", 13, tiny_step_time),
+    "step_time": ("--steps 1 --device cpu", 18, tiny_step_time),
     "trainer_throughput": ("--turns 1 --steps 3", 5, tiny_trainer_throughput),
 }
 
@@ -73,6 +75,14 @@ def test_runs(name, monkeypatch, tmp_path, capsys):
     assert rows_of(output) >= rows, output
 
 
+def test_step_time_without_muon(monkeypatch):
+    """torch has it from 2.9 on, and 2.8 is enough for us."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("step_time")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    assert "torch.optim.Muon" not in str(module.contestants())
+
+
 def test_sharded_step_runs():
     output = launch(2, BENCHMARKS / "sharded_step.py", "--layers", 1, "--width", 8, "--steps", 1)
     assert rows_of(output) == 4, output
@@ -81,4 +91,5 @@ def test_sharded_step_runs():
 def test_every_benchmark_is_run():
     elsewhere = {"sharded_step", "communication", "communication_formulas"}  # here, and in test_scaling.py
     elsewhere |= {"pretrain_gpu", "pretrain_gpu_runs", "evidence"}  # in files of their own
+    elsewhere |= {path.stem for path in BENCHMARKS.glob("gpu_check*.py")}  # in test_gpu_check.py
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == RUNS.keys() | elsewhere

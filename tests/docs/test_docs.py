@@ -5,6 +5,7 @@ import ast
 import configparser
 import itertools
 import json
+import os
 import re
 import runpy
 import shlex
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from clm_helpers import DOCUMENTS, run_clm, run_main, write_documents, write_token_bin
 from launch_helpers import ROOT
@@ -155,25 +157,62 @@ def draw(arguments):
 
 
 def parse_hf_mars(arguments):
-    """What follows `-m hf_mars`: its own parser takes it, and the script's, one for TrainingArguments, the rest."""
+    """What follows `-m hf_mars`: its own parser takes it, and the launcher's and the script's take the rest."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "excepthook", sys.excepthook)
         patch.setattr(hf_mars.__main__, "prepare", lambda diagnostics: None)
+        patch.setattr(hf_mars.__main__, "is_installed", lambda: True)
+        patch.setattr(hf_mars.__main__, "_command", lambda name: name)
+        patch.setattr(os, "execv", lambda path, argv: seen.append(argv))
         for run in ("_run_module", "_run_path"):
-            patch.setattr(hf_mars.__main__, run, seen.append)
+            patch.setattr(hf_mars.__main__, run, lambda argv: seen.append(argv))
         script = next(argument for argument in arguments if not argument.startswith("-"))
-        Path(script).touch()
+        if script not in LAUNCHERS:
+            Path(script).touch()
         hf_mars.__main__.main(list(arguments))
-    ((first, *rest),) = seen
-    if first == "-m":
-        module, *rest = rest
-    if first == "-m" and module == "trl.scripts.sft":
+    first, *rest = seen[0]
+    if first in LAUNCHERS:
+        first, rest = LAUNCHERS[first](rest)
+    elif first == "-m":
+        first, *rest = rest
+    if first == "trl.scripts.sft":
         from trl.scripts.sft import make_parser
 
         make_parser().parse_args_and_config([*rest, "--bf16", "false"])  # its default, which wants a GPU
     else:
         HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(rest)
+
+
+def torchrun(arguments):
+    args = get_args_parser().parse_args(arguments)
+    return args.training_script, args.training_script_args
+
+
+def accelerate(arguments):
+    assert arguments[0] == "launch"
+    args = launch_command_parser().parse_args(arguments[1:])
+    return args.training_script, args.training_script_args
+
+
+def trl(arguments):
+    return f"trl.scripts.{arguments[0]}", arguments[1:]
+
+
+def factory(arguments):
+    """A tool with a file of settings, of which two are MARS's."""
+    settings = yaml.safe_load((ROOT / arguments[1]).read_text())
+    return "", ["--optim", settings["optim"], "--optim_args", settings["optim_args"], "--output_dir", "out"]
+
+
+# From a launcher's arguments to the script that it starts, and to those of the script.
+LAUNCHERS = {
+    "torchrun": torchrun,
+    "accelerate": accelerate,
+    "trl": trl,
+    "llamafactory-cli": factory,
+    "swift": factory,
+}
 
 
 def parse_sweep(arguments):
@@ -192,19 +231,16 @@ def check(command, model):
     program, *arguments = command
     if "hf_mars" in arguments:
         assert any(begins_with(command, row) for row in ROWS), f"docs/checks.md has no row for: {shlex.join(command)}"
-        if program == "torchrun":
-            args = get_args_parser().parse_args(arguments)
-            launched = (args.module, args.training_script)
-            arguments = args.training_script_args
-        elif program == "accelerate":
-            args = launch_command_parser().parse_args(arguments[1:])
-            launched = (args.module, args.training_script)
-            arguments = args.training_script_args
+        if program in LAUNCHERS:
+            assert "-m" in arguments
+            launched, arguments = LAUNCHERS[program](arguments)
         else:
-            launched, arguments = (arguments[0] == "-m", arguments[1]), arguments[2:]
-        assert launched == (True, "hf_mars"), launched
+            launched, arguments = arguments[1], arguments[2:]
+        assert launched == "hf_mars", launched
         if arguments:  # a sentence may name the beginning alone
             parse_hf_mars(arguments)
+    elif program == "export":
+        assert any(begins_with(command, row) for row in ROWS), f"docs/checks.md has no row for: {shlex.join(command)}"
     elif program == "make":
         subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
     elif command[:2] == ("pip", "install"):
@@ -254,7 +290,11 @@ def test_command(command, model, folder):
 @pytest.mark.parametrize(
     "command, error, words",
     [
-        ("python run_clm.py --optim mars_adamv --output_dir out", UsageError, "mars_adamv is not a valid"),
+        (
+            "python run_clm.py --optim mars_adamv --output_dir out",
+            UsageError,
+            "--optim mars_adamv: there is no such optimizer",
+        ),
         ("torchrun --nproc_per_node 2 run_clm.py --optimm mars_m --output_dir out", UsageError, "unknown argument"),
         ("torchrun --nprocs 2 run_clm.py --output_dir out", SystemExit, "2"),
         ("accelerate launch --num_procs 2 run_clm.py --output_dir out", SystemExit, "2"),
@@ -272,6 +312,9 @@ def test_command(command, model, folder):
         ("python -m hf_mars.sweep --optim mars_b --learning_rate 1 -- python train.py", SystemExit, "2"),
         ("torchrun --nproc_per_node 2 -m hf_mars train.py --optim mars --output_dir out", SystemExit, "2"),
         ("accelerate launch -m hf_mars train.py --optim mars --output_dir out", SystemExit, "2"),
+        ("python -m hf_mars torchrun --nprocs 2 train.py --output_dir out", SystemExit, "2"),
+        ("python -m hf_mars torchrun train.py --optim mars --output_dir out", SystemExit, "2"),
+        ("python -m hf_mars trl sft --datset_name ./data --output_dir out", ValueError, "--datset_name"),
         ("make nothing", subprocess.CalledProcessError, "nothing"),
         ("pip install nothing", AssertionError, "nothing"),
         ("pip install dataset", AssertionError, "dataset"),
@@ -322,3 +365,6 @@ def test_the_site_builds_and_takes_nothing_from_outside(tmp_path):
     outside = r"<(?:link|script|img|iframe)[^>]*(?:href|src)=[\"']?(?:https?:)?//|url\(['\"]?(?:https?:)?//|@import"
     for path in files:
         assert not re.search(outside, path.read_text()), path
+    shown = "".join(path.read_text(encoding="utf-8") for path in files if path.suffix == ".html")
+    assert not re.findall(r"<a [^>]*>(?:docs/)?\w+\.md</a>", shown)  # titles, not names of files
+    assert all("css/site.css" in path.read_text() for path in files if path.name in ("index.html", "run_clm.html"))

@@ -18,14 +18,13 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType
 from accelerate_helpers import let_accelerate_shard_on_cpus
-from clm_helpers import run_clm
 from engine_helpers import with_lora
 from torch.distributed.tensor import DTensor
 from trainer_helpers import CountSteps, MarsTrainer, Trainer, losses, optimizer_of, train
 from transformers import GPT2LMHeadModel, TrainerCallback, modelcard
 from transformers.integrations import HfDeepSpeedConfig
 
-TRAINERS = {cls.__name__: cls for cls in (Trainer, MarsTrainer, run_clm.FinishingTrainer)}
+TRAINERS = {cls.__name__: cls for cls in (Trainer, MarsTrainer)}
 DISTRIBUTED_TYPES = {
     "ddp": DistributedType.MULTI_CPU,
     "fsdp2": DistributedType.FSDP,

@@ -13,7 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo, composed
-from hf_mars.optim.sharding import WHOLE, norms_of_wholes, on_whole_matrices, part_of
+from hf_mars.optim.algorithm import newton_schulz
+from hf_mars.optim.sharding import WHOLE, all_ranks_can, norms_of_wholes, on_whole_matrices, part_of
+from hf_mars.optim.sharding import matrices as sharding
 
 SHAPES = [(7, 4), (4, 7), (5, 5), (1, 3), (3, 1), (2, 3, 4), (6, 2)]
 
@@ -24,12 +26,13 @@ class Messages:
     NAMES = ("all_reduce", "all_to_all_single", "broadcast")
 
     def __enter__(self):
-        self.counts = collections.Counter()
+        self.counts, self.bytes = collections.Counter(), collections.Counter()
         self.originals = {name: getattr(dist, name) for name in self.NAMES}
         for name, original in self.originals.items():
 
             def counted(*args, name=name, original=original, **kwargs):
                 self.counts[name] += 1
+                self.bytes[name] += args[0].nbytes
                 return original(*args, **kwargs)
 
             setattr(dist, name, counted)
@@ -143,6 +146,36 @@ def check_pieces(world):
     composed.COPIED_AT_A_TIME = before
 
 
+def check_bfloat16(world, found):
+    """Where Newton–Schulz computes in bfloat16 that is sent: half the bytes, the same bits; stack by stack, too."""
+    newton_schulz.CPU_HAS_BFLOAT16_UNITS, newton_schulz.MIN_BFLOAT16 = True, 16
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (world,))
+    matrices = [torch.randn(shape) for shape in ((32, 48), (64, 16), (17, 33), (8, 8))]
+    slopes = [[torch.randn_like(m) for m in matrices] for _ in range(2)]
+    places = {
+        "sharded": (lambda v: distribute_tensor(v, mesh, [Shard(0)]), None),
+        "replicated": (torch.clone, dist.group.WORLD),
+    }
+    for name, (place, group) in places.items():
+        finals, sent = [], []
+        for ask, at_a_time in ((all_ranks_can, 1 << 26), (lambda *_: False, 1 << 26), (all_ranks_can, 1)):
+            sharding.all_ranks_can = ask
+            composed.ORTHOGONALISED_AT_A_TIME = at_a_time
+            params = [nn.Parameter(place(m)) for m in matrices]
+            optimizer = MarsShampoo(params, process_group=group)
+            with Messages() as messages:
+                for step in slopes:
+                    for p, g in zip(params, step, strict=True):
+                        p.grad = place(g)
+                    optimizer.step()
+            finals.append([p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params])
+            sent.append(messages.bytes["all_to_all_single"] + messages.bytes["broadcast"])
+        for whole, halved, in_pieces in zip(*finals, strict=True):
+            assert torch.equal(whole, halved) and torch.allclose(whole, in_pieces, rtol=1e-2, atol=1e-3), name
+        found[f"{name}: bytes in bfloat16, in float32"] = sent[:2]
+
+
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
@@ -150,6 +183,7 @@ def main():
     check_functions(dist.get_world_size(), found)
     check_optimizers(dist.get_world_size(), found)
     check_pieces(dist.get_world_size())
+    check_bfloat16(dist.get_world_size(), found)
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()

@@ -8,6 +8,7 @@ from launch_helpers import launch
 pytestmark = pytest.mark.slow
 
 MATRICES = 7  # of sharing_worker.py
+STEPS = 6  # of kernel_worker.py
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -23,4 +24,18 @@ def test_sharing(world):
         assert found[f"{name}: reductions"] == {"replicated": 0, "both": 2}.get(name, 1), name
     assert found["replicas: messages a step"] == {"broadcast": min(world, 4)}  # of four matrices
     assert found["sharded MarsAdamW: messages a step"] == {"all_reduce": 1}
+    for engine in ("sharded", "replicated"):  # of one matrix the sides are too short for it
+        in_bfloat16, in_float32 = found[f"{engine}: bytes in bfloat16, in float32"]
+        assert in_float32 / 2 < in_bfloat16 < 0.53 * in_float32
     assert found["sharded MarsShampoo: messages a step"] == {"all_reduce": 1, "all_to_all_single": 2}
+
+
+@pytest.mark.parametrize("world, engine", [(2, "fsdp2"), (4, "hsdp"), (2, "one rank cannot")])
+def test_sharded_steps_in_compiled_kernels(world, engine):
+    """They give the numbers of the composed step. Ranks that do not agree about the kernels would wait for ever."""
+    found = json.loads(launch(world, "engines/kernel_worker.py", engine).strip().splitlines()[-1])
+    for name, (batches, difference) in found.items():
+        clips = "clipped" in name
+        expected = STEPS - 1 if clips else STEPS  # one of them changes nothing
+        assert batches == (0 if engine == "one rank cannot" and clips else expected), name
+        assert difference < (2e-3 if "Lion" in name else 1e-5), name

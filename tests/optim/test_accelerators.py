@@ -1,9 +1,15 @@
 """On accelerators step() never waits for the device. Tensors on "meta" have no values that anything could wait for;
 where there is a GPU, torch itself looks for synchronisation."""
 
+import sys
+
 import pytest
 import torch
 from helpers import EVERY_METHOD, assert_close, make, make_gradients, make_params, run_steps
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_mars.optim import MarsAdamW, MarsLion
+from hf_mars.optim.algorithm.lion import PIECE_ON_ACCELERATORS
 
 SETTINGS = {
     "the default": {},
@@ -47,6 +53,90 @@ def test_step_reads_no_value(method, dtype, settings):
         set_gradients(params, optimizer, "exact" in settings)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_without_fused_kernels_torch_chooses_foreach_as_for_its_own_adamw(monkeypatch):
+    """Where a device has fast lists, as GPUs do; its loop over tensors takes a dozen launches for each."""
+    taken = []
+    in_torch = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(in_torch, "_multi_tensor_adam", lambda params, *_, **__: taken.append(len(params)))
+    chooses = sys.modules["torch.optim.optimizer"]
+    monkeypatch.setattr(chooses, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
+    for cls, settings in ((torch.optim.AdamW, {}), (MarsAdamW, {"fused": False})):
+        params = make_params([(4, 3), (3, 5)])
+        run_steps(cls(params, **settings), params, make_gradients(params, 1))
+    assert taken == [2, 2]
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that one call of a function returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, (list, tuple)):
+            name = function.overloadpacket.__name__
+            self.elements[name] = max(self.elements.get(name, 0), sum(t.numel() for t in result))
+        return result
+
+
+class Words(TorchDispatchMode):
+    """Elements that are read and written, of tensors of at least `least` elements, by their functions' schemas."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.count = least, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.is_view:
+            return result
+        arguments = {a.name: a for a in function._schema.arguments}
+        given = dict(zip(arguments, args, strict=False)) | (kwargs or {})
+        changes = False
+        for name, value in given.items():
+            writes = arguments[name].alias_info is not None and arguments[name].alias_info.is_write
+            changes |= writes
+            only_writes = writes and (name == "out" or function.overloadpacket.__name__ == "copy_")
+            # AdamW's gradients are only written to with grad_scale.
+            also_writes = writes and not only_writes and name != "grads"
+            self.count += self.large(value) * (1 + also_writes)
+        self.count += 0 if changes else self.large(result)
+        return result
+
+    def large(self, value):
+        tensors = value if isinstance(value, (list, tuple)) else [value]
+        return sum(t.numel() for t in tensors if torch.is_tensor(t) and t.numel() >= self.least)
+
+
+@pytest.mark.parametrize("max_norm, words", [(None, 12), (1.0, 20)])
+def test_words_that_the_composed_step_moves(max_norm, words):
+    """As docs/performance.md says: 3 for c_t, 7 for AdamW, 2 for the copy of g_t; with the clip 1 and 2,
+    and 5 more to leave g_{t−1} as it is where the step is skipped, which the host does not know."""
+    param = torch.nn.Parameter(torch.empty(10, 100, device="meta"))
+    optimizer = MarsAdamW([param], max_norm=max_norm)
+    for _ in range(2):
+        param.grad = torch.empty_like(param)
+        with Words(param.numel()) as moved:
+            optimizer.step()
+    assert moved.count == words * param.numel()
+
+
+@pytest.mark.parametrize("max_norm", [1e6, None])
+def test_lion_holds_the_signs_of_a_piece_of_the_parameters(max_norm):
+    piece = PIECE_ON_ACCELERATORS
+    params = [torch.nn.Parameter(torch.empty(n, 1024, device="meta")) for n in [piece // 4096] * 9 + [piece // 256]]
+    optimizer = MarsLion(params, gamma=0.5, max_norm=max_norm)
+    for param in params:
+        param.grad = torch.empty_like(param)
+    with Largest() as largest:
+        optimizer.step()
+    assert largest.elements["_foreach_sign"] == piece
+    if max_norm is None:  # with the clip, c_t is a copy of its own while the step may still be skipped
+        assert largest.elements["_foreach_lerp"] == piece
 
 
 @with_gpu

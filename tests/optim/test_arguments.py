@@ -1,11 +1,14 @@
 """Wrong arguments: one error that names the argument, the value and the allowed range."""
 
 import re
+import warnings
 
 import pytest
-from helpers import EVERY_CLASS, FEW_SHAPES, assert_equal, make_gradients, make_params, run_steps, values
+import torch
+from helpers import EVERY_CLASS, FEW_SHAPES, assert_equal, make_gradients, make_params, run_steps, tiny_gpt2, values
 
-from hf_mars.optim import MarsShampoo
+from hf_mars import param_groups
+from hf_mars.optim import MarsShampoo, parameter_roles
 
 NAN = float("nan")
 WRONG = [
@@ -116,3 +119,22 @@ def test_keyword_only(cls):
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.9, 0.98), 1e-7, 0.2)
     with pytest.raises(TypeError, match="gama"):
         cls(params, gama=0.1)
+
+
+@EVERY_CLASS
+def test_a_module_is_not_its_parameters(cls):
+    with pytest.raises(TypeError, match=r"got a module \(Linear\); pass hf_mars.param_groups\(model\)"):
+        cls(torch.nn.Linear(2, 2))
+
+
+def test_shampoo_that_has_to_guess_warns_once_at_the_users_line():
+    model = tiny_gpt2()
+    with pytest.warns(UserWarning, match=r"pass hf_mars.param_groups\(model\)") as warned:
+        MarsShampoo(model.parameters())
+    assert [warning.filename for warning in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MarsShampoo(param_groups(model))
+        MarsShampoo(model.parameters(), roles=parameter_roles(model))
+        MarsShampoo([{"params": make_params([(2, 3)]), "kind": "matrix"}])
+        MarsShampoo(make_params([(3,)]))

@@ -24,17 +24,15 @@ def test_it_is_built():
 
 
 @EVERY_FUSED
-def test_short_gradients_are_corrected_without_a_pass_of_their_own(method):
-    """Seen by g_{t−1}'s memory: c_t takes it where c_t has to be measured."""
+def test_the_last_gradient_is_only_read(method):
+    """A step that changes nothing, after a look at the norms, has it still."""
     (param,) = params = make_params([(40, 30)], dtype=torch.float32)
     optimizer = make(method, params, gamma=0.5)
-    overwritten = []
     for seed, scale in enumerate((1e-5, 1e-5, 3.0, 3.0, 1e-5, 1e-5)):
         last_grad = optimizer.state[param].get("last_grad")
         before = None if last_grad is None else last_grad.clone()
         run_steps(optimizer, params, make_gradients(params, 1, scales=(scale,), seed=seed))
-        overwritten.append(before is not None and not torch.equal(last_grad, before))
-    assert overwritten == [False, False, True, True, True, False]
+        assert before is None or torch.equal(last_grad, before)
 
 
 @EVERY_FUSED

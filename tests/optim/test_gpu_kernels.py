@@ -5,6 +5,7 @@ They need a GPU, or TRITON_INTERPRET=1, with which test_triton.py runs this file
 
 import math
 import sys
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from helpers import assert_close, assert_equal, make, run_steps, values
 from kernel_helpers import COMPOSED, EVERY_FUSED, EXECUTIONS, NEEDS_GPU, assert_mostly_close, gpu, short_and_clipped
 
 from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
+from hf_mars.optim.kernels import launch, trial
+from hf_mars.optim.kernels.plan import Table
 from hf_mars.optim.last_grad import LastNorms
 
 pytestmark = NEEDS_GPU
@@ -75,8 +78,8 @@ def test_plain_rounding(method, calls):
 @EVERY_FUSED
 def test_the_last_norms_are_known_from_the_second_step_on(method, monkeypatch):
     found = []
-    known_norms = gpu._known_norms
-    monkeypatch.setattr(gpu, "_known_norms", lambda *args: (found.append(known_norms(*args)), found[-1])[1])
+    take = LastNorms.take_vector
+    monkeypatch.setattr(LastNorms, "take_vector", lambda *args: (found.append(take(*args)), found[-1])[1])
     short_and_clipped(GPU, method, 7)
     assert [norms is None for norms in found] == [True] + [False] * 6
     found.clear()
@@ -138,12 +141,174 @@ def test_embeddings_of_shampoo(calls):
         assert len(calls) == launches
 
 
-def test_what_is_not_aligned_is_composed(calls):
-    param = torch.nn.Parameter(torch.randn(13, device=DEVICE)[1:].view(4, 3))
-    optimizer = MarsAdamW([param])
-    param.grad = torch.ones_like(param)
+@EVERY_FUSED
+def test_one_odd_gradient_keeps_none_of_the_others_from_the_kernels(method, calls):
+    """DDP's bucket views: a bias of three elements misaligns all that follow it. Dense in another order than rows, as
+    channels_last is, is as good as contiguous; what has gaps, or lies otherwise than its parameter, is composed."""
+    shapes = [(4, 3, 2, 2), (3,), (50, 90), (6, 5), (6, 5)]
+    finals = []
+    for composed in ({}, COMPOSED):
+        params = GPU.params(shapes)
+        params[0] = torch.nn.Parameter(params[0].detach().to(memory_format=torch.channels_last))
+        optimizer = make(method, params, lr=0.01, gamma=0.5, optimize_1d=True, **composed)
+        for gradients in GPU.gradients(params, 4, scales=(1e-3, 1.0)):
+            bucket = torch.cat([g.flatten() for g in gradients[:4]])
+            for param, piece in zip(params, bucket.split([g.numel() for g in gradients[:4]]), strict=False):
+                param.grad = piece.as_strided(param.shape, param.stride())
+            params[4].grad = gradients[4].mT.contiguous().mT
+            optimizer.step()
+        finals.append([*values(params), *(optimizer.state[p]["exp_avg"] for p in params)])
+    assert [len(batch.params) for batch in calls] == [3, 1] * 4  # matrices but the odd one, and the bias
+    assert_mostly_close(*finals, 1e-5, method)
+
+
+@EVERY_FUSED
+def test_groups_with_equal_settings_are_launched_together(method, monkeypatch):
+    launches, measure = [], launch.Launch.measure
+    monkeypatch.setattr(
+        launch.Launch, "measure", lambda self, *args: (launches.append(len(self._table.places)), measure(self, *args))
+    )
+    params = GPU.params([(4, 3), (3, 5), (5, 4), (2, 2)])
+    gradients = GPU.gradients(params, 3, scales=(1e-3, 1.0))
+    decays = (0.1, 0.0, 0.1, 0.0)
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(params, decays, strict=True)]
+    together = run_steps(make(method, groups, gamma=0.5), params, gradients)
+    assert launches == [2, 2] * 3
+    params = GPU.params([(4, 3), (3, 5), (5, 4), (2, 2)])
+    optimizers = [make(method, [p], weight_decay=decay, gamma=0.5) for p, decay in zip(params, decays, strict=True)]
+    for p, optimizer, own in zip(params, optimizers, zip(*gradients, strict=True), strict=True):
+        run_steps(optimizer, [p], [[g] for g in own])
+    assert_equal(together, values(params))
+
+
+def test_nothing_is_uploaded_where_nothing_has_moved(monkeypatch):
+    """Nor where learning rates change; a gradient elsewhere, another set of gradients and new states are noticed."""
+    gpu.kernels_for(torch.device(DEVICE))
+    made, init = [], Table.__init__
+    monkeypatch.setattr(Table, "__init__", lambda self, *args: (made.append(1), init(self, *args))[1])
+    params = GPU.params([(4, 3), (3, 5)])
+    optimizer = make("mars_adamw", params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    for lr, tables in ((1e-3, 1), (2e-3, 1), (0.0, 1)):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        assert len(made) == tables
+    params[0].grad, kept = torch.ones_like(params[0]), params[0].grad
     optimizer.step()
-    assert not calls and optimizer.state[param]["exp_avg"].count_nonzero() == 12
+    assert len(made) == 2
+    params[0].grad = None
+    optimizer.step()
+    assert len(made) == 3
+    params[0].grad = kept
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert len(made) == 4
+    params[1].data = params[1].data.clone()
+    optimizer.step()
+    assert len(made) == 5
+    optimizer.step()
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize("settings", [{}, {"gamma": 0.0}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("method", ["mars_adamw", "mars_shampoo"])
+def test_the_composed_clip_is_one_launch_that_leaves_alone_what_is_short(method, settings, monkeypatch):
+    """Where norms are on the device. torch divides lists by 0-d tensors in one launch per tensor."""
+    finals, divided, divide = [], [], gpu.divide
+
+    def counting(tensors, divisors):
+        divided.append(len(tensors))
+        divide(tensors, divisors)
+
+    for on_device in (False, True):
+        if on_device:
+            monkeypatch.setattr("hf_mars.optim.composed.reads_are_free", lambda tensors: False)
+            monkeypatch.setattr(torch, "_foreach_div_", None)
+            monkeypatch.setattr(gpu, "divide", counting)
+        params = GPU.params([(6, 5), (50, 90), (3, 4)])
+        optimizer = make(method, params, max_norm=1.0, fused=False, foreach=False, **settings)
+        gradients = GPU.gradients(params, 4, scales=(1e-3, 1.0, 0.02))
+        finals.append(run_steps(optimizer, params, gradients[: 1 if "exact" in settings else 4]))
+        assert divided == ([3] * (1 if "exact" in settings else 4) if on_device else [])
+    assert_close(*finals, 1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_dividing_by_nothing_writes_nothing(bad):
+    tensors = [torch.full((n,), 2.0, device=DEVICE) for n in (5, 3, launch.BLOCK + 1, 2)]
+    tensors.append(torch.full((7,), 2.0, device=DEVICE)[1:])
+    tensors[0][1] = bad
+    gpu.divide(tensors, torch.tensor([1.0, 4.0, 2.0, math.nan, 8.0], device=DEVICE))
+    assert tensors[0].isfinite().sum() == 4 and tensors[3].isnan().all()
+    assert [t[0].item() for t in tensors[:3]] == [2.0, 0.5, 1.0] and (tensors[4] == 0.25).all()
+
+
+def test_replicas_take_the_same_way(calls, monkeypatch):
+    """Where the kernels of one rank do not run, none takes them."""
+    asked = []
+    monkeypatch.setattr(gpu, "all_ranks_can", lambda what, able, *_: (asked.append((what, able)), False)[1])
+    params = GPU.params([(5, 4), (6, 5)])
+    settings = {"max_norm": 1.0, "process_group": Alone()}
+    optimizer = MarsShampoo([{"params": params[:1], "kind": "embedding"}, {"params": params[1:]}], **settings)
+    run_steps(optimizer, params, GPU.gradients(params, 3))
+    assert not calls and asked == [("Triton kernels", True)] * 3
+    assert "Triton does not work on another rank" in optimizer.executions["embedding"]
+
+
+class Alone:
+    """A stand-in for a process group of one."""
+
+    def size(self):
+        return 1
+
+
+def test_plans_keep_no_state_alive():
+    (param,) = GPU.params([(4, 3)])
+    optimizer = make("mars_adamw", [param])
+    run_steps(optimizer, [param], GPU.gradients([param], 2))
+    states = [weakref.ref(value) for value in optimizer.state[param].values()]
+    optimizer.state.clear()
+    assert not any(reference() is not None for reference in states)
+
+
+# ---- the first step on a device ----
+
+
+@pytest.fixture
+def anew():
+    gpu.kernels_for.cache_clear()
+    yield
+    gpu.kernels_for.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", ["parameter", "moving average", "moving average of squares", "last gradient"])
+def test_kernels_that_compute_something_else_are_not_used(wrong, anew, calls, monkeypatch):
+    differs = trial.what_differs
+
+    def off(batch, expected):
+        trial._results(batch)[wrong][1].view(-1)[-1].add_(1e-3)
+        return differs(batch, expected)
+
+    monkeypatch.setattr(trial, "what_differs", off)
+    (param,) = GPU.params([(4, 3)])
+    with pytest.warns(UserWarning, match=f"compute another {wrong} than torch's kernels"):
+        run_steps(make("mars_adamw", [param]), [param], GPU.gradients([param], 1))
+    assert not calls
+
+
+def test_an_earlier_error_of_the_device_is_raised_as_what_it_is(anew, monkeypatch):
+    """An illegal access by other work is reported by whatever waits for the device next."""
+
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("get_sync_debug_mode", lambda: 0), ("set_sync_debug_mode", lambda mode: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        gpu.kernels_for(torch.device("cuda", 0))
 
 
 def test_a_compensation_of_another_dtype_is_composed(calls):
@@ -158,16 +323,24 @@ def test_a_compensation_of_another_dtype_is_composed(calls):
     assert len(calls) == 1 and (param.double() - before).abs().max() < 0.01
 
 
-def test_without_triton_steps_are_composed_and_a_warning_says_so(calls, monkeypatch):
-    kernels = f"{gpu.__package__}.triton_kernels"
-    monkeypatch.setitem(sys.modules, kernels, None)
-    monkeypatch.delattr(kernels, raising=False)
-    gpu.kernels_for.cache_clear()
+def test_the_default_dtype_does_not_matter(anew, calls, recwarn):
+    """Models are made under ``torch.set_default_dtype(torch.bfloat16)``, and some code leaves it set."""
     (param,) = GPU.params([(4, 3)])
     optimizer = MarsAdamW([param])
+    torch.set_default_dtype(torch.bfloat16)
     try:
-        with pytest.warns(UserWarning, match="Triton kernels do not run on .*ModuleNotFoundError"):
-            run_steps(optimizer, [param], GPU.gradients([param], 2))
+        run_steps(optimizer, [param], [[torch.ones_like(param)]])
     finally:
-        gpu.kernels_for.cache_clear()
+        torch.set_default_dtype(torch.float32)
+    assert len(calls) == 1 and not recwarn.list
+
+
+def test_without_triton_steps_are_composed_and_a_warning_says_so(anew, calls, monkeypatch):
+    kernels = f"{gpu.__package__}.triton_update"
+    monkeypatch.setitem(sys.modules, kernels, None)
+    monkeypatch.delattr(kernels, raising=False)
+    (param,) = GPU.params([(4, 3)])
+    optimizer = MarsAdamW([param])
+    with pytest.warns(UserWarning, match="Triton kernels do not run on .*ModuleNotFoundError"):
+        run_steps(optimizer, [param], GPU.gradients([param], 2))
     assert not calls and optimizer.state[param]["step"] == 2

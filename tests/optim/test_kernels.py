@@ -118,23 +118,25 @@ def test_a_last_grad_that_was_changed_is_measured(execution, method, how):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("max_norm", [1.0, None])
 @EVERY_FUSED
 @EVERY_EXECUTION
-def test_a_bad_gradient_is_bad_in_the_same_entries_and_is_not_remembered(execution, method, max_norm, bad):
-    results = []
-    for composed in ({}, COMPOSED):
+def test_a_bad_gradient_stays_in_its_entry_and_is_not_remembered(execution, method, bad):
+    """Without a norm that tells of it: AdamW's entry is lost, as AdamW's own would be; Lion's goes on as if it were
+    not there."""
+    finals = []
+    for gradient in (bad, 0.0):
         params = execution.params([(30, 20), (5, 4)])
-        optimizer = make(method, params, lr=0.01, gamma=0.5, max_norm=max_norm, **composed)
+        optimizer = make(method, params, lr=0.01, gamma=0.5, max_norm=None)
         gradients = execution.gradients(params, 3)
-        gradients[1][0][2, 3] = bad
-        results.append(run_steps(optimizer, params, gradients[:2]))
+        gradients[1][0][2, 3] = gradient
+        finals.append(run_steps(optimizer, params, gradients[:2]))
         for param in params:
             last_grad = optimizer.state[param].get("last_grad")
             assert last_grad is None or last_grad.isfinite().all()
-    for actual, expected in zip(*results, strict=True):
-        assert torch.equal(actual.isfinite(), expected.isfinite())
-        assert_close([actual.nan_to_num(posinf=0, neginf=0)], [expected.nan_to_num(posinf=0, neginf=0)], 1e-5)
+    (actual, expected), place = finals, (2, 3)
+    assert actual[0][place].isfinite() == (method == "mars_lion")
+    actual[0][place] = expected[0][place] = 0
+    assert_close(actual, expected, 1e-7)
 
 
 @EVERY_EXECUTION
@@ -200,8 +202,8 @@ def test_autograd_notices_the_update(execution, method):
 )
 @EVERY_EXECUTION
 def test_what_it_does_not_take_is_composed(execution, settings, strided, calls):
-    (param,) = execution.params([(3, 4) if strided else (4, 3)])
-    param = torch.nn.Parameter(param.detach().mT if strided else param.detach())
+    (param,) = execution.params([(4, 6) if strided else (4, 3)])
+    param = torch.nn.Parameter(param.detach()[:, ::2] if strided else param.detach())
     optimizer = MarsAdamW([param], **settings)
     param.grad = torch.ones_like(param)
     optimizer.step()

@@ -7,7 +7,7 @@ import weakref
 import helpers
 import pytest
 import torch
-from helpers import EVERY_METHOD, assert_equal, make_gradients, make_params, run_steps, values
+from helpers import EVERY_METHOD, assert_close, assert_equal, make_gradients, make_params, run_steps, values
 from torch import nn
 
 from hf_mars.optim import MarsAdamW, MarsLion
@@ -241,6 +241,21 @@ def test_states_default_to_the_parameters_dtype():
         optimizer = MarsLion(params, max_norm=1.0)
         run_steps(optimizer, params, make_gradients(params, 2))
         assert set(dtypes_of(optimizer, params[0]).values()) == {dtype}
+
+
+@pytest.mark.parametrize("kahan_sum", [None, False])
+def test_squares_do_not_vanish_in_float16(kahan_sum):
+    """1e-5 squared is nothing there, and m / eps would be a step of a thousand learning rates."""
+    params = make_params([(4, 3), (5,)], dtype=torch.float16)
+    before = values(params)
+    optimizer = MarsAdamW(params, lr=2e-2, lr_1d=2e-2, adjust_lr_fn="original", kahan_sum=kahan_sum)
+    run_steps(optimizer, params, [[torch.full_like(p, 1e-5) for p in params]])
+    for param, start in zip(params, before, strict=True):
+        assert dtypes_of(optimizer, param)["exp_avg_sq"] == torch.float32
+        assert_close([param.float()], [start.float() - 2e-2], 2e-3)
+    again = MarsAdamW(params, kahan_sum=kahan_sum)
+    again.load_state_dict(optimizer.state_dict())
+    assert dtypes_of(again, params[0]) == dtypes_of(optimizer, params[0])
 
 
 @pytest.mark.parametrize("setting", ["state_dtype", "last_grad_dtype"])

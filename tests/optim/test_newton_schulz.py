@@ -121,12 +121,49 @@ def test_two_steps_at_once_are_no_rougher_in_bfloat16(decay, monkeypatch):
     u, s, v = with_singular_values(sigma, 64, 256)
     matrix = (u @ s.diag() @ v.T).float()
     exact = reference.newton_schulz(matrix.double(), 5)
-    monkeypatch.setattr(module, "_takes_bfloat16", lambda x: True)
+    monkeypatch.setattr(module, "CPU_HAS_BFLOAT16_UNITS", True)
+    monkeypatch.setattr(module, "MIN_BFLOAT16", 1)
     errors = {}
     for wide in (2, 1000):
         monkeypatch.setattr(module, "WIDE", wide)
         errors[wide] = ((newton_schulz(matrix).double() - exact).norm() / exact.norm()).item()
     assert 0 < errors[2] < max(0.1, 1.2 * errors[1000]) < 0.5
+
+
+@pytest.mark.parametrize(
+    "device, capability, hip, dtype",
+    [
+        ("cuda", (9, 0), None, torch.bfloat16),
+        ("cuda", (8, 0), None, torch.bfloat16),
+        ("cuda", (7, 5), None, torch.float16),
+        ("cuda", (6, 1), None, torch.float32),
+        ("cuda", (9, 4), "6.4", torch.bfloat16),
+        ("xpu", None, None, torch.bfloat16),
+        ("mps", None, None, torch.float32),
+    ],
+    ids=str,
+)
+def test_what_the_matrix_units_take(device, capability, hip, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert module._accelerators_dtype.__wrapped__(torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("decay", [0, 1])
+def test_float16_does_as_well_as_bfloat16(decay, scale, monkeypatch):
+    """Whatever the scale: the division by the norm comes before the rounding."""
+    u, s, v = with_singular_values([1 / k**decay for k in range(1, 65)], 64, 96)
+    matrix = u @ s.diag() @ v.T
+    exact = reference.newton_schulz(matrix, 5)
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        is_half = dtype == torch.float16
+        monkeypatch.setattr(module, "_takes_float16", lambda x, is_half=is_half: is_half)
+        monkeypatch.setattr(module, "CPU_HAS_BFLOAT16_UNITS", not is_half)
+        monkeypatch.setattr(module, "MIN_BFLOAT16", 1)
+        errors[dtype] = ((newton_schulz((scale * matrix).float()).double() - exact).norm() / exact.norm()).item()
+    assert errors[torch.float16] < 0.5 * errors[torch.bfloat16] < 0.1
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 3)], ids=str)

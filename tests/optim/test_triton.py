@@ -1,5 +1,6 @@
 """The Triton kernels on a machine without a GPU: through Triton's interpreter, and through its compiler."""
 
+import functools
 import importlib
 import os
 import re
@@ -11,6 +12,8 @@ import pytest
 import torch
 from kernel_helpers import gpu
 from launch_helpers import ROOT
+
+from hf_mars.optim.kernels import launch
 
 triton = pytest.importorskip("triton")
 
@@ -40,61 +43,129 @@ def test_through_the_interpreter(file, chosen):
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 10 and "skipped" not in result.stdout
 
 
-TARGETS = {"Turing": 75, "Ampere": 80, "Hopper": 90}
-TABLES = {"table": "*i64", "numbers": "*fp64", "tensor_of_block": "*i64", "stride": "i32"}
+TARGETS = {"Turing": ("cuda", 75), "Ampere": ("cuda", 80), "Hopper": ("cuda", 90), "MI300": ("hip", "gfx942")}
+every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+compiles = [
+    pytest.mark.slow,
+    pytest.mark.skipif(gpu.is_interpreted(), reason="nothing is compiled then"),
+]
 
 
-def compiled(kernel, target, arguments, constants):
-    """What Triton makes of a kernel for NVIDIA GPUs of that compute capability, beside the machine code its PTX."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def kernel_cases(dtype):
+    """(kernel, its arguments' types, its constants) as gpu.py launches them, of tensors that are all of `dtype`."""
+    import triton.language as tl
 
-    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": gpu.WARPS}
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options).asm
+    norms, update = (importlib.import_module(f"{gpu.__package__}.triton_{name}") for name in ("norms", "update"))
+    dtype = getattr(tl, dtype)
+    of_block = {"table": "*i64", "tensor_of_block": "*i32", "stride": "i32"}
+    of_tensor = {"table": "*i64", "stride": "i32"}
+    wide, reduced = {"WIDE": tl.float32}, {"REDUCED": launch.REDUCED}
+    read = {"G_DTYPE": dtype, "PREV_DTYPE": dtype}
+    lanes = {"ALIGNED": True, "BLOCK": launch.BLOCK}
+    bounds, rates = numbers("kappa", "max_norm"), numbers("beta1", "beta2", "lr", "max_norm")
+    known = {"knowledge": "*i32"}
+    results = floats("clip_factors", "step_sizes", "inverse_root_bias2")
+    sums = {"sums_of_g": "*fp64", "sums_of_c": "*fp64"}
+    yield norms.measure, of_block | bounds | floats("prev_norms") | sums, wide | read | {"CORRECTED": True} | lanes
+    yield (
+        norms.judge,
+        of_tensor | bounds | floats("prev_norms", "norms_of_g") | {"sums_of_g": "*fp64"} | known,
+        wide | reduced,
+    )
+    rest = of_tensor | {"n": "i32"} | numbers("kappa") | known | {"sums_of_c": "*fp64"}
+    yield norms.measure_rest, rest, wide | read | lanes | reduced
+    flags = {"CORRECTED": True, "CLIPS": True, "RAISES": True, "IS_ADAMW": True}
+    yield norms.prepare, of_tensor | rates | known | sums | results | floats("flag"), wide | reduced | flags
+    for is_adamw in (True, False):
+        compensated = dtype == tl.bfloat16
+        flags = {"CORRECTED": True, "KEEPS_LAST_GRAD": True, "CLIPS": True, "IS_ADAMW": is_adamw}
+        types = {"X_DTYPE": dtype, "M_DTYPE": dtype, "V_DTYPE": dtype, "COMPENSATED": compensated}
+        hyperparameters = numbers("kappa", "beta1", "beta2", "eps", "gamma", "lr", "decay")
+        yield (
+            update.update,
+            of_block | hyperparameters | results | floats("flag", "norms_of_g"),
+            wide | read | lanes | flags | types,
+        )
+    yield norms.divide, of_block | floats("divisors"), wide | {"DTYPE": dtype} | lanes
 
 
 def floats(*names):
     return dict.fromkeys(names, "*fp32")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(gpu.is_interpreted(), reason="nothing is compiled then")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_compiles_for_gpus(target, dtype):
-    import triton.language as tl
+def numbers(*names):
+    return dict.fromkeys(names, "i64")
 
-    kernels = importlib.import_module(f"{gpu.__package__}.triton_kernels")
 
-    dtype = getattr(tl, dtype)
-    read = {"WIDE": tl.float32, "G_DTYPE": dtype, "PREV_DTYPE": dtype, "CORRECTED": True, "BLOCK": gpu.BLOCK}
-    sums = {"knowledge": "*i32", **floats("sums_of_g", "sums_of_c")}
-    for again in (False, True):
-        arguments = {**TABLES, **floats("prev_norms"), **sums}
-        assert "cubin" in compiled(kernels.measure, target, arguments, {**read, "AGAIN": again})
-    small = {"WIDE": tl.float32, "REDUCED": gpu.REDUCED}
-    tables = {key: TABLES[key] for key in ("table", "numbers", "stride")}
-    arguments = {**tables, **floats("prev_norms"), "knowledge": "*i32", **floats("sums_of_g", "norms_of_g")}
-    assert "cubin" in compiled(kernels.judge, target, arguments, small)
-    results = floats("clip_factors", "step_sizes", "inverse_root_bias2")
-    flags = {**small, "CORRECTED": True, "CLIPS": True, "IS_ADAMW": True}
-    assert "cubin" in compiled(kernels.prepare, target, {**tables, **sums, **results}, flags)
-    for is_adamw in (True, False):
-        compensated = dtype == tl.bfloat16
-        flags = {"KEEPS_LAST_GRAD": True, "CLIPS": True, "IS_ADAMW": is_adamw, "COMPENSATED": compensated}
-        constants = {**read, **flags, "X_DTYPE": dtype, "M_DTYPE": dtype, "V_DTYPE": dtype}
-        asm = compiled(kernels.update, target, {**TABLES, **results}, constants)
-        assert "cubin" in asm
-        operands = 4 + is_adamw + compensated  # x, g, g_{t−1}, m; v; compensation
-        bytes_a_thread = gpu.BLOCK // (32 * gpu.WARPS) * dtype.primitive_bitwidth // 8
-        # Whole blocks move in 16-byte pieces, and nothing is spilled to local memory.
-        assert asm["ptx"].count("ld.global.v4.b32") == operands * bytes_a_thread // 16
-        assert asm["ptx"].count("st.global.v4.b32") == operands * bytes_a_thread // 16 - bytes_a_thread // 16
-        assert ".local" not in asm["ptx"]
-        if compensated and target >= 80:  # to nearest, which Turing is made to do in several instructions
-            assert "cvt.rn.bf16" in asm["ptx"] and "cvt.rz" not in asm["ptx"]
+@functools.cache
+def compiled(dtype, target):
+    """(name, constants, what Triton makes of it) of every kernel, for GPUs of that kind."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    results = []
+    for kernel, arguments, constants in kernel_cases(dtype):
+        assert {*arguments, *constants} == {*kernel.arg_names}
+        signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        device = GPUTarget(*target, 64 if target[0] == "hip" else 32)
+        asm = triton.compile(source, target=device, options=launch.OPTIONS).asm
+        results.append((kernel.fn.__name__, constants, asm))
+    return results
+
+
+def instructions(asm):
+    """PTX, or AMD's assembly."""
+    return asm["ptx"] if "ptx" in asm else asm["amdgcn"]
+
+
+class TestCompiled:
+    pytestmark = compiles
+
+    @every_target
+    @every_dtype
+    def test_compiles_and_spills_nothing(self, dtype, target):
+        for name, _, asm in compiled(dtype, target):
+            assert "cubin" in asm or "hsaco" in asm, name
+            if target[0] == "cuda":
+                assert ".local" not in asm["ptx"], name
+            else:
+                assert re.search(r"vgpr_spill_count: +0\b", asm["amdgcn"]), name
+
+    @pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 90)], ids=str)
+    @every_dtype
+    def test_whole_blocks_move_in_16_bytes(self, dtype, target):
+        for name, constants, asm in compiled(dtype, target):
+            if name != "update":
+                continue
+            operands = 4 + constants["IS_ADAMW"] + constants["COMPENSATED"]  # x, g, g_{t−1}, m; v; compensation
+            size = {"float32": 4, "bfloat16": 2}[dtype]
+            pieces = launch.BLOCK // (32 * launch.OPTIONS["num_warps"]) * size // 16  # of a thread
+            assert asm["ptx"].count("ld.global.v4.b32") == operands * pieces
+            assert asm["ptx"].count("st.global.v4.b32") == (operands - 1) * pieces
+            if constants["COMPENSATED"]:
+                assert "cvt.rn.bf16" in asm["ptx"] and "cvt.rz" not in asm["ptx"]
+
+    @pytest.mark.parametrize("target", [("cuda", 75), ("cuda", 80), ("cuda", 90)], ids=str)
+    @every_dtype
+    def test_float32_is_rounded_as_torch_rounds_it(self, dtype, target):
+        """Every operation is rounded to nearest by itself: no fused product, no subnormal number made zero."""
+        for name, constants, asm in compiled(dtype, target):
+            found = set(re.findall(r"\b(?:sqrt|div|rcp|fma|mul|add|sub|ex2|lg2)(?:\.\w+)*\.f32", asm["ptx"]))
+            assert found <= {f"{operation}.rn.f32" for operation in ("sqrt", "div", "mul", "add", "sub")}, name
+            if name == "update":
+                assert {"mul.rn.f32", "add.rn.f32"} < found
+                assert ({"sqrt.rn.f32", "div.rn.f32"} <= found) == constants["IS_ADAMW"]
+
+    @pytest.mark.parametrize("target", [("cuda", 80), ("cuda", 90)], ids=str)
+    def test_four_blocks_of_threads_fit_a_multiprocessor(self, target, tmp_path):
+        """Of 65,536 registers, in float32."""
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        for name, _, asm in compiled("float32", target):
+            (tmp_path / "cubin").write_bytes(asm["cubin"])
+            usage = subprocess.run([tool, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True).stdout
+            assert int(re.search(r"REG:(\d+)", usage)[1]) * 32 * launch.OPTIONS["num_warps"] * 4 <= 65536, name
 
 
 @pytest.mark.slow
@@ -105,7 +176,7 @@ from hf_mars.optim import MarsAdamW
 param = torch.nn.Parameter(torch.ones(3, 2))
 param.grad = torch.ones(3, 2)
 MarsAdamW([param]).step()
-assert "{gpu.__package__}.triton_kernels" not in sys.modules
+assert "{gpu.__package__}.triton_update" not in sys.modules
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 0

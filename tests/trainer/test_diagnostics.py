@@ -20,6 +20,7 @@ from hf_mars.trainer import callbacks
 
 MEASURED = {"mars/correction_ratio", "mars/gradient_cosine", "mars/clipped_fraction"}
 RATES = {"mars/lr_matrix", "mars/lr_1d"}
+SKIPPED = "mars/skipped_steps"  # known always
 SETTINGS = {"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 0.4}
 
 
@@ -63,6 +64,7 @@ def test_values_equal_an_independent_computation(tmp_path, optim):
         expected = {
             "mars/correction_ratio": kappa * total([a - b for a, b in zip(g, last, strict=True)]) / total(g),
             "mars/clipped_fraction": fractions[-1],
+            SKIPPED: 0,
             **{f"mars/lr_{kind}": rate for kind, rate in rates.items()},
         }
         if step > 1:
@@ -110,7 +112,7 @@ def test_logging_once_an_epoch(tmp_path, accumulation):
     epochs = {"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
     trainer = train(tmp_path, **epochs, optim_args="max_norm=1.0", gradient_accumulation_steps=accumulation)
     rows = mars_rows(trainer)
-    assert len(rows) == 2 and all(row.keys() == MEASURED | RATES for row in rows.values())
+    assert len(rows) == 2 and all(row.keys() == MEASURED | RATES | {SKIPPED} for row in rows.values())
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_logging_once_an_epoch(tmp_path, accumulation):
 )
 def test_what_cannot_be_known_is_left_out(tmp_path, optim, optim_args, known):
     rows = mars_rows(train(tmp_path, optim=optim, optim_args=optim_args, max_steps=2))
-    assert rows[2].keys() - RATES - {"mars/lr_embedding"} == known
+    assert rows[2].keys() - RATES - {"mars/lr_embedding"} == known | {SKIPPED}
 
 
 def test_weights_and_losses_are_the_same_with_and_without(tmp_path):

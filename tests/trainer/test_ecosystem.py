@@ -113,9 +113,28 @@ def test_dpo_trainer(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_trls_command_line(tmp_path, saved_model):
-    """python -m hf_mars -m trl.scripts.sft: a script of others, a local model, a local data set."""
-    command = [sys.executable, "-m", "hf_mars", "--mars_diagnostics", "-m", "trl.scripts.sft"]
+def test_grpo_trainer(tmp_path, tokenizer):
+    """Completions are sampled, and rewarded for their length: their losses have gradients."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    def reward(completion_ids, **kwargs):
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    sizes = {"num_generations": 4, "max_completion_length": 6}
+    args = GRPOConfig(output_dir=str(tmp_path), **RUN, **sizes, bf16=False)
+    prompts = Dataset.from_dict({"prompt": TEXTS})
+    tokenizer.padding_side = "left"
+    trainer = GRPOTrainer(tiny_gpt2(), reward, args=args, train_dataset=prompts, processing_class=tokenizer)
+    before = trainable(trainer.model)
+    trainer.train()
+    assert_mars_trained(trainer, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["-m", "trl.scripts.sft"], ["trl", "sft"]], ids=["module", "command"])
+def test_trls_command_line(tmp_path, saved_model, how):
+    """A script of others, a local model, a local data set; `trl sft` starts the script as a new command."""
+    command = [sys.executable, "-m", "hf_mars", "--mars_diagnostics", *how]
     command += ["--model_name_or_path", str(saved_model / "model"), "--dataset_name", str(saved_model / "data")]
     command += ["--output_dir", str(tmp_path), "--optim", "mars_adamw", "--optim_args", "gamma=0.05"]
     command += ["--max_steps", "3", "--logging_steps", "1", "--max_length", "16", "--use_cpu", "--bf16", "false"]

@@ -1,17 +1,18 @@
 """optim_args: typed, checked, early."""
 
-import logging
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_helpers import cpu
 from transformers import TrainingArguments
 
-from hf_mars import MarsLion, MarsShampoo, MarsTrainingArguments
+from hf_mars import MarsAdamW, MarsShampoo, MarsTrainer, MarsTrainingArguments
 from hf_mars.trainer import options
-from hf_mars.trainer.names import VARIANTS
+from hf_mars.trainer.names import OPTIM_ARGS, VARIANTS
 from hf_mars.trainer.options import hyperparameters, optimizer_cls_and_kwargs, options_of, parse_optim_args
 
 ALL_NAMES = list(VARIANTS)
@@ -95,7 +96,7 @@ def test_other_optimizers_are_left_alone(tmp_path):
 
 
 def test_arguments_out_of_range_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"lr must be a number >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"learning_rate must be a number >= 0, got -1"):
         TrainingArguments(output_dir=str(tmp_path), optim="mars_lion", learning_rate=-1.0)
 
 
@@ -164,16 +165,6 @@ def test_everything_reaches_the_optimizer(tmp_path):
     }
 
 
-def test_effective_hyperparameters_are_logged_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(options.logger, "propagate", True)
-    args = TrainingArguments(output_dir=str(tmp_path), optim="mars_lion", optim_args="gamma=0.07")
-    with caplog.at_level(logging.INFO, logger=options.logger.name):
-        cls, _ = options.optimizer_cls_and_kwargs(args, None)
-    assert cls is MarsLion
-    lines = [record.getMessage() for record in caplog.records if "gamma=0.07" in record.getMessage()]
-    assert len(lines) == 1 and "betas=(0.9, 0.99)" in lines[0]
-
-
 def test_shampoo_needs_the_model(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), optim="mars_m")
     with pytest.raises(ValueError, match="needs the model"):
@@ -190,3 +181,61 @@ def test_the_trainer_says_where_it_is_missing(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(cpu, "_cpu", None)
     optimizer_cls_and_kwargs(args, None)
     assert "compiled step of hf_mars is missing" in caplog.text
+
+
+def test_a_checkout_that_hides_the_installed_package_is_named(monkeypatch, caplog, tmp_path):
+    """As after `pip install <clone>` and `python <clone>/run_clm.py`; no compiler is to blame there."""
+    (tmp_path / "hf_mars").mkdir()
+    monkeypatch.setattr(cpu, "_cpu", None)
+    installed = SimpleNamespace(locate_file=lambda path: tmp_path / path)
+    monkeypatch.setattr(options, "distribution", lambda name: installed)
+    optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), optim="mars_adamw", use_cpu=True), None)
+    assert f"hides the installed {tmp_path / 'hf_mars'}" in caplog.text and "compiler" not in caplog.text
+
+
+# ---- what would be silent ----
+
+
+def test_options_may_be_a_mapping(tmp_path):
+    """From Python, as axolotl's YAML has it too; transformers parses text."""
+    options_given = {"gamma": 0.1, "max_norm": None, "optimize_1d": True}
+    args = TrainingArguments(str(tmp_path), optim="mars_adamw", optim_args=options_given)
+    assert args.optim_args == "gamma=0.1,max_norm=None,optimize_1d=True"
+    kwargs = hyperparameters(args)
+    assert (kwargs["gamma"], kwargs["max_norm"], kwargs["optimize_1d"]) == (0.1, None, True)
+    with pytest.raises(ValueError, match=r"'gamm'.*nearest.*'gamma'"):
+        TrainingArguments(str(tmp_path), optim="mars_adamw", optim_args={"gamm": 1})
+
+
+@pytest.mark.parametrize("cls", [TrainingArguments, MarsTrainingArguments])
+def test_a_name_that_is_none_has_a_nearest(cls, tmp_path):
+    with pytest.raises(ValueError, match="optim='mars_adam': there is no such optimizer; the nearest is mars_adamw"):
+        cls(str(tmp_path), optim="mars_adam")
+
+
+def test_options_of_mars_beside_another_optimizer(tmp_path, caplog):
+    """transformers drops them in silence."""
+    with pytest.raises(ValueError, match=r"'gamma=0.1' is for MARS, and optim='adamw_torch' makes no use of it"):
+        MarsTrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="gamma=0.1")
+    TrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="gamma=0.1")
+    assert caplog.text.count("'gamma=0.1' is for MARS") == 1
+    for optim, theirs in (("lomo", "gamma=0.1"), ("adamw_torch", "momentum=0.1")):
+        MarsTrainingArguments(str(tmp_path), optim=optim, optim_args=theirs)
+    assert caplog.text.count("is for MARS") == 1
+
+
+def test_an_optimizer_of_the_users_beside_exact_mode(tmp_path, caplog):
+    model = torch.nn.Linear(2, 2)
+    adamw = (torch.optim.AdamW(model.parameters()), None)
+    args = MarsTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", optim_args="exact=true")
+    with pytest.raises(ValueError, match=r"'exact=true' asks for exact mode, but .*AdamW.* leave out one"):
+        MarsTrainer(model, args, optimizers=adamw)
+    MarsTrainer(model, args, optimizers=(MarsAdamW(model.parameters(), exact=True), None))
+    assert not caplog.text
+    args = MarsTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", optim_args="gamma=0.1")
+    MarsTrainer(model, args, optimizers=adamw)
+    assert "optim_args='gamma=0.1' has no effect" in caplog.text
+
+
+def test_the_list_of_options_that_imports_nothing_is_the_real_one():
+    assert set(OPTIM_ARGS) == {key for name in VARIANTS for key in options_of(name)}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from hf_mars import plot
 
@@ -100,6 +101,34 @@ def test_diagnostics_make_another_picture(tmp_path, capsys, drawn):
     assert drawn[2:] == [*a, ("b", [(1, 0.0)]), ("b", [(1, 0.5)]), ("b: matrices", [(1, 0.2)])]
 
 
+def test_a_run_with_another_optimizer_is_drawn_beside_them(tmp_path, capsys, drawn):
+    """AdamW logs no diagnostics; its learning rate, which every Trainer logs, is compared with MARS's."""
+    write_state(tmp_path / "mars", MARS_LOG)
+    write_state(tmp_path / "adamw", [{"step": 1, "loss": 5.0, "learning_rate": 0.1}])
+    plot.plot_diagnostics([tmp_path / "mars", tmp_path / "adamw"], tmp_path / "d.png")
+    assert [line for line in drawn if line[0].startswith("adamw")] == [("adamw", [(1, 0.1)])]
+
+
+@pytest.mark.parametrize("picture", [plot.plot_losses, plot.plot_diagnostics])
+def test_a_curve_of_zeros_lies_on_the_ground(tmp_path, monkeypatch, picture):
+    """An axis from −0.05 to 0.05 would show a fraction below zero."""
+    zeros = {"loss": 0.0, "mars/clipped_fraction": 0.0}
+    write_state(tmp_path, [{"step": step, **zeros} for step in (1, 2)])
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    picture([tmp_path], tmp_path / "p.png")
+    limits = [axes.get_ylim() for axes in figures[0].axes if axes.lines]
+    assert limits == [(0.0, 1.0)]
+
+
+def test_the_picture_of_losses_has_a_title(tmp_path, monkeypatch):
+    write_state(tmp_path)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot.plot_losses([tmp_path], tmp_path / "p.png")
+    assert figures[0].axes[0].get_title() == "Loss of training and evaluation"
+
+
 def test_a_run_without_diagnostics_is_said(tmp_path, capsys):
     write_state(tmp_path)
     with pytest.raises(SystemExit):
@@ -107,7 +136,9 @@ def test_a_run_without_diagnostics_is_said(tmp_path, capsys):
     assert "no logged diagnostics" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("log", "message"), [(None, "trainer_state.json"), ([], "no logged loss")])
+@pytest.mark.parametrize(
+    ("log", "message"), [(None, "a Trainer writes it with each checkpoint"), ([], "no logged loss")]
+)
 def test_nothing_to_draw_is_said(tmp_path, capsys, log, message):
     if log is not None:
         write_state(tmp_path, log)

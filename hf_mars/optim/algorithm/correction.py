@@ -6,6 +6,7 @@ Lists run over tensors that are updated alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ def kappa(gamma: float, beta1: float) -> float:
     return gamma * beta1 / (1 - beta1)
 
 
-def corrected_gradient(grads: list[Tensor], previous_grads: list[Tensor] | None, *, kappa: float) -> list[Tensor]:
+def corrected_gradient(
+    grads: list[Tensor], previous_grads: list[Tensor] | None, *, kappa: float, in_place: bool = True
+) -> list[Tensor]:
     """c_t = g_t + κ (g_t − g_prev) of every tensor.
 
     Args:
         grads: g_t. Not modified.
-        previous_grads: g_{t−1} (approximate form) or ∇f(x_{t−1}, ξ_t) (exact form), of the same shapes. Overwritten
-            where the dtype is that of `grads`: the result takes their memory. None where c_t is g_t.
+        previous_grads: g_{t−1} (approximate form) or ∇f(x_{t−1}, ξ_t) (exact form), of the same shapes. None where
+            c_t is g_t.
         kappa: κ.
+        in_place: overwrite previous gradients of the dtype of `grads`: the result takes their memory.
 
     Returns:
         Tensors of the shapes and dtypes of `grads`; `grads` itself where there are no previous gradients.
@@ -31,7 +35,10 @@ def corrected_gradient(grads: list[Tensor], previous_grads: list[Tensor] | None,
     if previous_grads is None:
         return grads
     c = [previous.to(grad.dtype) for previous, grad in zip(previous_grads, grads, strict=True)]
-    torch._foreach_lerp_(c, grads, 1 + kappa)  # g_prev + (1+κ)(g_t − g_prev) = g_t + κ (g_t − g_prev)
+    # g_prev + (1+κ)(g_t − g_prev) = g_t + κ (g_t − g_prev)
+    if not in_place:
+        return list(torch._foreach_lerp(c, grads, 1 + kappa))
+    torch._foreach_lerp_(c, grads, 1 + kappa)
     return c
 
 
@@ -68,6 +75,45 @@ def momentum(exp_avgs: list[Tensor], c: list[Tensor], *, beta1: float, gamma: fl
     """
     torch._foreach_lerp_(exp_avgs, c, 1 - beta1)
     return list(torch._foreach_lerp(exp_avgs, c, gamma)) if gamma else exp_avgs
+
+
+def move(
+    params: list[Tensor],
+    updates: list[Tensor],
+    *,
+    rates: Sequence[float | Tensor],
+    decay: float | Tensor,
+    flag: Tensor | None,
+) -> None:
+    """x ← decay · x − rate · update of every tensor, with a rate each; nothing where `flag` is raised.
+
+    Args:
+        params: x. Modified.
+        updates: finite, of the same shapes.
+        rates: η times the update's scale; 0-d tensors where η is one.
+        decay: 1 − ηλ, likewise.
+        flag: None, or a number on the device: 1 where nothing is to change, else 0.
+    """
+    numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+    if isinstance(decay, Tensor) or len(numbers) < len(rates):  # where η is a tensor
+        scale = decay if flag is None else torch.where(flag > 0, 1.0, decay)
+        for x, update, rate in zip(params, updates, rates, strict=True):
+            own = rate if flag is None else rate * (1 - flag)
+            x.mul_(scale).addcmul_(update, torch.as_tensor(own).to(x.dtype), value=-1)
+        return
+    if flag is None:
+        if decay != 1:
+            torch._foreach_mul_(params, decay)
+        if len(set(numbers)) == 1:
+            torch._foreach_add_(params, updates, alpha=-numbers[0])
+            return
+        for x, update, rate in zip(params, updates, numbers, strict=True):
+            x.add_(update, alpha=-rate)
+        return
+    on = 1 - flag
+    factor = torch.where(flag > 0, 1.0, decay)
+    for x, update, rate in zip(params, updates, numbers, strict=True):
+        x.mul_(factor).addcmul_(update, on.to(x.dtype), value=-rate)
 
 
 def initial_average(grad: Tensor, gamma: float) -> Tensor:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from .correction import momentum
+from .correction import momentum, move
 
 
 def lion(
@@ -16,43 +15,47 @@ def lion(
     c: list[Tensor],
     exp_avgs: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     weight_decay: float,
     gamma: float,
+    flag: Tensor | None = None,
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( sign(m_t) + λ x ).
 
-    Modifies the parameters and `exp_avgs`; not `c`. `gamma` is for `correction.momentum`.
+    Modifies the parameters and `exp_avgs`; not `c`. `gamma` is for `correction.momentum`, `flag` for
+    `correction.move`.
     """
-    for x, e, c_piece in cache_sized(params, exp_avgs, c):
+    for x, e, c_piece in pieces_of(params, exp_avgs, c):
         m = momentum(e, c_piece, beta1=beta1, gamma=gamma)
-        if weight_decay:
-            torch._foreach_mul_(x, 1 - lr * weight_decay)
-        torch._foreach_add_(x, torch._foreach_sign(m), alpha=-lr)
+        move(x, list(torch._foreach_sign(m)), rates=[lr] * len(x), decay=1 - lr * weight_decay, flag=flag)
 
 
 # Elements of a piece: three float32 pieces and a temporary one fit a core's cache, and Python's share stays small.
 PIECE = 1 << 18
+PIECE_ON_ACCELERATORS = 1 << 24
 
 
-def cache_sized(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+def pieces_of(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """Cut lists of equally shaped tensors into pieces for elementwise work that passes over them several times.
 
     On CPUs the passes after the first then find their operands in the cache; the memory bus is the bottleneck there.
-    Tensors on accelerators and strided ones are left as they are.
+    On accelerators pieces are large, and keep temporary tensors small beside the parameters. The compiler fuses the
+    passes by itself.
     """
-    if not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.is_contiguous() for ts in lists for t in ts):
+    if torch.compiler.is_compiling():
         yield lists
         return
+    is_cpu = all(t.is_cpu for ts in lists for t in ts)
+    piece = PIECE if is_cpu else PIECE_ON_ACCELERATORS
     small: list[tuple[Tensor, ...]] = []  # tensors for one piece
     elements = 0
     for tensors in zip(*lists, strict=True):
-        if tensors[0].numel() >= PIECE:
-            for pieces in zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True):
+        if tensors[0].numel() >= piece and all(t.is_contiguous() for t in tensors):
+            for pieces in zip(*(t.view(-1).split(piece) for t in tensors), strict=True):
                 yield tuple([t] for t in pieces)
             continue
-        if elements + tensors[0].numel() > PIECE:
+        if small and elements + tensors[0].numel() > piece:
             yield tuple(map(list, zip(*small, strict=True)))
             small, elements = [], 0
         small.append(tensors)

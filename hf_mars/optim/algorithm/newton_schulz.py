@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,22 +23,25 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     Returns:
         A tensor of the same shape, dtype and device. A zero matrix gives zeros.
 
-    Accelerators compute in bfloat16, which the iteration tolerates by design, and so do CPUs with bfloat16 units from
-    MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to six times (AMX) faster. Other CPUs compute in
-    float32. float64 stays float64.
+    Accelerators compute in bfloat16, which the iteration tolerates by design (see `_accelerators_dtype` for those that
+    cannot), and so do CPUs with bfloat16 units from MIN_BFLOAT16 rows and columns on, where it is two (AVX512_BF16) to
+    six times (AMX) faster. Other CPUs compute in float32. float64 stays float64.
     """
-    return orthogonalize([matrix], steps)[0]
+    return orthogonalize([matrix], steps)[0].to(matrix.dtype)
 
 
 def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor]:
     """The same for tensors of one shape (…, m, n), m ≤ n, in batched products: fewer launches, busier cores."""
     x = torch.stack(matrices)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    # Rounded before all else, so that matrices may be sent in bfloat16. float16's range wants unit norm first.
+    x = x.to(torch.bfloat16 if has_bfloat16(x) and in_bfloat16(x.shape, x) else dtype)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
-    x = x.to(torch.bfloat16 if _takes_bfloat16(x) else dtype)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
+    if _takes_float16(x):
+        x = x.half()
 
     x = x.flatten(0, -3)
     pairs = steps // 2 if x.shape[-1] >= WIDE * x.shape[-2] else 0
@@ -44,7 +49,7 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
         x = _two_steps(x)
     for _ in range(steps - 2 * pairs):
         x = _one_step(x)
-    return [y.to(matrices[0].dtype) for y in x.view(len(matrices), *matrices[0].shape)]
+    return list(x.view(len(matrices), *matrices[0].shape))
 
 
 def _one_step(x: Tensor) -> Tensor:
@@ -80,15 +85,46 @@ def _polynomial(gram: Tensor) -> Tensor:
 STACKED = 1 << 26
 STACKED_ON_CPU = 5_000_000
 
-CPU_HAS_BFLOAT16_UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+CPU_HAS_BFLOAT16_UNITS = any(
+    getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+)
 # Below it, products are too small for these units to pay.
 MIN_BFLOAT16 = 128
 
 
-def _takes_bfloat16(matrix: Tensor) -> bool:
-    if matrix.dtype == torch.float64:
-        return False
-    return not matrix.is_cpu or (CPU_HAS_BFLOAT16_UNITS and min(matrix.shape[-2:]) >= MIN_BFLOAT16)
+def has_bfloat16(like: Tensor) -> bool:
+    """Whether the device of `like` has units for products in bfloat16."""
+    return CPU_HAS_BFLOAT16_UNITS if like.is_cpu else _accelerators_dtype(like.device) == torch.bfloat16
+
+
+def in_bfloat16(shape: torch.Size, like: Tensor) -> bool:
+    """Whether matrices of shape (…, m, n) take the iteration in bfloat16 where there are such units.
+
+    `like` has their dtype and device.
+    """
+    return like.dtype != torch.float64 and (not like.is_cpu or min(shape[-2:]) >= MIN_BFLOAT16)
+
+
+@functools.cache
+def _accelerators_dtype(device: torch.device) -> torch.dtype:
+    """What matrix units of `device` multiply with sums in float32.
+
+    NVIDIA's know bfloat16 from compute capability 8.0 on, and float16 alone at 7.x, where bfloat16 is emulated. That
+    does as well: entries are at most 1, of unit Frobenius norm, so that in 4,096² of them the root mean square is 4
+    times float16's smallest normal number, and three more bits are kept. Metal does not say how it adds float16 up,
+    and has no bfloat16 before macOS 14.
+    """
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "cuda" and torch.version.hip is None:
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+    return torch.bfloat16
+
+
+def _takes_float16(matrix: Tensor) -> bool:
+    is_half = not matrix.is_cpu and _accelerators_dtype(matrix.device) == torch.float16
+    return is_half and matrix.dtype != torch.float64
 
 
 def orthogonalize_svd(matrix: Tensor) -> Tensor:
@@ -114,7 +150,8 @@ def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
         steps: Newton–Schulz iterations; None takes the singular value decomposition.
 
     Returns:
-        Their (approximate) orthogonal polar factors, in the given order.
+        Their (approximate) orthogonal polar factors, in the given order; those of the iteration in the dtype in which
+        it computes.
     """
     if steps is None:
         return [orthogonalize_svd(x) for x in matrices]

@@ -8,10 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .correction import momentum
-from .newton_schulz import orthogonalize
-
-Function = Callable[[list[Tensor]], list[Tensor]]
+from .correction import momentum, move
+from .newton_schulz import has_bfloat16, in_bfloat16, orthogonalize
 
 
 def shampoo(
@@ -19,14 +17,15 @@ def shampoo(
     c: list[Tensor],
     exp_avgs: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     weight_decay: float,
     gamma: float,
     ns_steps: int | None,
     layout: str,
     update_scales: list[float],
-    on_wholes: Callable[[Function, list[Tensor]], list[Tensor]],
+    on_wholes: Callable[..., list[Tensor]],
+    flag: Tensor | None = None,
 ) -> None:
     """m_t = β1 m_{t−1} + (1−β1) c̃_t;  x ← x − η ( s · NewtonSchulz(m_t) + λ x ).
 
@@ -38,7 +37,9 @@ def shampoo(
         ns_steps: Newton–Schulz iterations; None takes the singular value decomposition.
         layout: how the matrices are stored, see `hf_mars.optim.ParameterRole`.
         update_scales: s of each tensor, see `update_scale`.
-        on_wholes: applies a function of whole tensors to this process's parts of them.
+        on_wholes: applies a function of whole tensors to this process's parts of them, as
+            `sharding.on_whole_matrices` does.
+        flag: for `correction.move`.
     """
     m = momentum(exp_avgs, c, beta1=beta1, gamma=gamma)
 
@@ -46,10 +47,11 @@ def shampoo(
         results = orthogonalize([as_matrix(x, layout) for x in wholes], ns_steps)
         return [result.reshape(x.shape) for result, x in zip(results, wholes, strict=True)]
 
-    for x, update, s in zip(params, on_wholes(orthogonal, m), update_scales, strict=True):
-        if weight_decay:
-            x.mul_(1 - lr * weight_decay)
-        x.add_(update, alpha=-lr * s)
+    def halves(shape: torch.Size) -> bool:
+        return ns_steps is not None and in_bfloat16(as_matrix(torch.empty(shape, device="meta"), layout).shape, m[0])
+
+    updates = on_wholes(orthogonal, m, in_bfloat16=halves, has_bfloat16=has_bfloat16(m[0]))
+    move(params, updates, rates=[lr * s for s in update_scales], decay=1 - lr * weight_decay, flag=flag)
 
 
 def as_matrix(tensor: Tensor, layout: str) -> Tensor:

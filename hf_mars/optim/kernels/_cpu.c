@@ -2,10 +2,13 @@
  *
  * Memory traffic is the cost of a step, so this is about words (float32 numbers read or written) per parameter. torch's
  * kernels, one after the other, move 11 words for MARS-AdamW. Here it is 8 without the clip, since
- * c_t is never stored. With the clip the norm ‖c_t‖ must be known before the first update, so g_t is read once more: 9
- * words, fewer where g_t stays in the cache in between. That is enough where ‖g_t‖ and ‖g_prev‖ bound ‖c_t‖ below
- * max_norm, see is_short(). Elsewhere c_t itself is measured, and stored: 10 words where ‖g_prev‖ lets expect it, 11
- * where ‖g_t‖ comes as a surprise.
+ * c_t is never stored. With the clip the norms ‖c_t‖ of all tensors must be known before the first update, since a step
+ * with one that is not finite changes nothing: so g_t is read once more, 9 words. That is enough where ‖g_t‖ and ‖g_prev‖
+ * bound ‖c_t‖ below max_norm, see is_short(). Elsewhere c_t itself is measured: 10 words where ‖g_prev‖ lets expect it,
+ * 11 where ‖g_t‖ comes as a surprise.
+ *
+ * Of a parameter that is spread over processes each has a part: add_squares() measures c_t's, 2 words, the caller adds
+ * up over the processes and gives the factors. g_t is kept by value then, 1 word more: 9 without the clip, 11 with it.
  *
  * cpu.py is the only caller; it checks shapes, dtypes and layout. The equations are those of algorithm/correction.py,
  * adamw.py and lion.py, and tests/optim hold the two against each other.
@@ -30,8 +33,7 @@
 
 enum { LANES = 64 };            /* independent sums, so that additions need not wait for each other */
 enum { RUN = 4096 };            /* elements that are added up in float32 */
-enum { CACHED = 1 << 18 };      /* elements of tensors that are measured, then updated: g_t takes 1 MiB */
-enum { BLOCK = 1 << 15 };       /* elements at a time on the way back through them */
+enum { BLOCK = 1 << 15 };       /* elements at a time */
 enum { ALONE = 1 << 15 };       /* elements below which one thread is faster than several */
 
 typedef struct {
@@ -55,9 +57,20 @@ typedef struct {
     double c, g;                /* Σ c², Σ g²; of one thread's part of a tensor */
 } Squares;
 
-/* c_t takes g_prev's place. */
+/* Of at most RUN elements, where float32 overflowed: squares of 1e19 and more. */
+static Squares wide_squares(const float *g, const float *g_prev, int64_t n, float kappa)
+{
+    Squares sum = {0, 0};
+    for (int64_t i = 0; i < n; i++) {
+        double c = C(i);
+        sum.c += c * c;
+        sum.g += (double)g[i] * g[i];
+    }
+    return sum;
+}
+
 FOR_EACH_PROCESSOR
-static Squares correct(const float *restrict g, float *restrict g_prev, int64_t n, float kappa)
+static Squares corrected_squares(const float *restrict g, const float *restrict g_prev, int64_t n, float kappa)
 {
     Squares sum = {0, 0};
     for (int64_t start = 0; start < n; start += RUN) {
@@ -66,20 +79,23 @@ static Squares correct(const float *restrict g, float *restrict g_prev, int64_t 
         for (; i + LANES <= stop; i += LANES)
             for (int j = 0; j < LANES; j++) {
                 float c = C(i + j);
-                g_prev[i + j] = c;
                 of_c[j] += c * c;
                 of_g[j] += g[i + j] * g[i + j];
             }
         for (int j = 0; i < stop; i++, j++) {
             float c = C(i);
-            g_prev[i] = c;
             of_c[j] += c * c;
             of_g[j] += g[i] * g[i];
         }
+        Squares run = {0, 0};
         for (int j = 0; j < LANES; j++) {
-            sum.c += of_c[j];
-            sum.g += of_g[j];
+            run.c += of_c[j];
+            run.g += of_g[j];
         }
+        if (!isfinite(run.c + run.g))
+            run = wide_squares(g + start, g_prev + start, stop - start, kappa);
+        sum.c += run.c;
+        sum.g += run.g;
     }
     return sum;
 }
@@ -96,8 +112,10 @@ static double squares(const float *restrict g, int64_t n)
                 lanes[j] += g[i + j] * g[i + j];
         for (int j = 0; i < stop; i++, j++)
             lanes[j] += g[i] * g[i];
+        double run = 0;
         for (int j = 0; j < LANES; j++)
-            sum += lanes[j];
+            run += lanes[j];
+        sum += isfinite(run) ? run : wide_squares(g + start, g + start, stop - start, 0).g;
     }
     return sum;
 }
@@ -144,8 +162,11 @@ static inline float sign(float a)
     return (float)((a > 0) - (a < 0));
 }
 
+enum { INFINITE = 0x7f800000 };
+
 /* m = β1 m + (1−β1) c̃;  x = (1−ηλ) x − η sign(m). With γ > 0 the kept average is e of the plain g = c, and
- * m = (1−γ) e + γ g. Returns the largest magnitude of c̃. */
+ * m = (1−γ) e + γ g. Where c is not finite the average stays as it is: sign(NaN) is 0, and a NaN would stop the
+ * element for ever, without a sign of it. Returns the largest magnitude of c̃. */
 FOR_EACH_PROCESSOR
 static int32_t lion(Pointers at, int64_t n, Settings s, float clip_factor)
 {
@@ -155,12 +176,22 @@ static int32_t lion(Pointers at, int64_t n, Settings s, float clip_factor)
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
         float c = clip_factor * C(i);
+        int32_t size = magnitude(c);
+        c = size < INFINITE ? c : e[i];
         float e_i = lerp(e[i], c, s.weight1);
         e[i] = e_i;
         x[i] = s.decay * x[i] - s.lr * sign(s.gamma ? lerp(e_i, c, s.gamma) : e_i);
-        largest = magnitude(c) > largest ? magnitude(c) : largest;
+        largest = size > largest ? size : largest;
     }
     return largest;
+}
+
+/* g_t in g_prev's place; zero where it is not finite. */
+FOR_EACH_PROCESSOR
+static void keep(const float *restrict g, float *restrict g_prev, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        g_prev[i] = magnitude(g[i]) < INFINITE ? g[i] : 0;
 }
 
 typedef struct {
@@ -169,6 +200,8 @@ typedef struct {
     float **x, **m, **v, **g, **g_prev;          /* v: NULL for Lion; g_prev: NULL for c = g */
     float **steps;                               /* t of each tensor; NULL for Lion */
     const double *prev_norms;                    /* ‖g_prev‖ where it is known, NaN elsewhere */
+    const double *clip_factors;                  /* c̃ = factor · c; NULL for c̃ = c */
+    int keeps;                                   /* whether g_t is left in g_prev */
     Settings settings;
     double beta1, beta2, lr;
     Squares *sums;                               /* of each tensor, thread by thread */
@@ -199,7 +232,7 @@ static int is_short(const Step *step, int64_t k, double length_of_g)
     return (1 + kappa) * length_of_g + kappa * step->prev_norms[k] < 0.999 * step->settings.max_norm;
 }
 
-/* Whether c_t itself is measured, and then takes g_prev's place: where the bound will not do, to judge by g_prev. */
+/* Whether c_t itself is measured: where the bound will not do, to judge by g_prev. */
 static int is_corrected_first(const Step *step, int64_t k)
 {
     return step->g_prev && !is_short(step, k, step->prev_norms[k]);
@@ -215,7 +248,8 @@ static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int t
     (void)threads;
     Squares *sum = &step->sums[thread * step->count + k];
     if (is_corrected_first(step, k)) {
-        Squares more = correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa);
+        const float *g_prev = step->g_prev[k] + from;
+        Squares more = corrected_squares(step->g[k] + from, g_prev, to - from, step->settings.kappa);
         sum->c += more.c;
         sum->g += more.g;
     } else {
@@ -225,25 +259,30 @@ static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int t
 
 static void measure_again(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
-    if (is_corrected_late(step, k, threads))
+    if (is_corrected_late(step, k, threads)) {
+        const float *g_prev = step->g_prev[k] + from;
         step->sums[thread * step->count + k].c +=
-            correct(step->g[k] + from, step->g_prev[k] + from, to - from, step->settings.kappa).c;
+            corrected_squares(step->g[k] + from, g_prev, to - from, step->settings.kappa).c;
+    }
+}
+
+/* NaN where c is not finite. */
+static double clip_factor(const Step *step, int64_t k, int threads)
+{
+    double length = norm_of_g(step, k, threads);
+    if (is_corrected_first(step, k) || is_corrected_late(step, k, threads))
+        length = norm_of_c(step, k, threads);
+    else if (step->g_prev)
+        return 1;
+    return !isfinite(length) ? NAN : length <= step->settings.max_norm ? 1 : step->settings.max_norm / length;
 }
 
 static void update(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
+    (void)threads;
     const Settings *s = &step->settings;
-    const float *g_prev = step->g_prev ? step->g_prev[k] : step->g[k], *g = step->g[k];
-    float clip_factor = 1;
-    if (s->max_norm) {
-        int is_corrected = is_corrected_first(step, k) || is_corrected_late(step, k, threads);
-        if (is_corrected)
-            g = g_prev;         /* c_t is in g_prev's place */
-        if (is_corrected || !step->g_prev) {
-            double length = is_corrected ? norm_of_c(step, k, threads) : norm_of_g(step, k, threads);
-            clip_factor = length <= s->max_norm ? 1 : (float)(s->max_norm / length);   /* NaN stays NaN */
-        }
-    }
+    const float *g = step->g[k], *g_prev = step->g_prev ? step->g_prev[k] : g;
+    float factor = step->clip_factors ? (float)step->clip_factors[k] : 1;
     Pointers at = {step->x[k] + from, step->m[k] + from, NULL, g + from, g_prev + from, 0, 0};
     if (step->v) {
         at.v = step->v[k] + from;
@@ -251,22 +290,32 @@ static void update(const Step *step, int64_t k, int64_t from, int64_t to, int th
         at.step_size = (float)(step->lr / (1 - pow(step->beta1, t)));
         at.inverse_root_bias2 = (float)(1 / sqrt(1 - pow(step->beta2, t)));
     }
-    int32_t largest = (step->v ? adamw : lion)(at, to - from, *s, clip_factor);
+    int32_t largest = (step->v ? adamw : lion)(at, to - from, *s, factor);
     int32_t *known = &step->largest[thread * step->count + k];
     *known = largest > *known ? largest : *known;
+    if (step->keeps)
+        keep(step->g[k] + from, step->g_prev[k] + from, to - from);
 }
 
-/* One thread's share of the elements of tensors first … last−1, laid end to end: block by block, up or down. */
-static void pass(const Step *step, typeof(measure) *work, int backwards, int64_t first, int64_t last, int thread,
-                 int threads)
+static void measure_c(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
+{
+    (void)threads;
+    const float *g = step->g[k] + from;
+    step->sums[thread * step->count + k].c +=
+        step->g_prev ? corrected_squares(g, step->g_prev[k] + from, to - from, step->settings.kappa).c
+                     : squares(g, to - from);
+}
+
+/* One thread's share of the elements of all tensors, laid end to end: block by block, up or down. */
+static void pass(const Step *step, typeof(measure) *work, int backwards, int thread, int threads)
 {
     int64_t total = 0;
-    for (int64_t k = first; k < last; k++)
+    for (int64_t k = 0; k < step->count; k++)
         total += step->sizes[k];
     int64_t start = total * thread / threads, stop = total * (thread + 1) / threads;
     int64_t before = backwards ? total : 0;
-    for (int64_t i = 0; i < last - first; i++) {
-        int64_t k = backwards ? last - 1 - i : first + i, size = step->sizes[k];
+    for (int64_t i = 0; i < step->count; i++) {
+        int64_t k = backwards ? step->count - 1 - i : i, size = step->sizes[k];
         before -= backwards ? size : 0;
         int64_t from = start > before ? start - before : 0;
         int64_t to = stop - before < size ? stop - before : size;
@@ -279,86 +328,150 @@ static void pass(const Step *step, typeof(measure) *work, int backwards, int64_t
     }
 }
 
-/* Norms need whole tensors before the first update: barriers between the passes over a few tensors at a time, which are
- * then still in the cache. */
-static void run(const Step *step, int threads)
+static void measure_all(const Step *step, int threads)
 {
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num(), team = omp_get_num_threads();
-        for (int64_t first = 0, last; first < step->count; first = last) {
-            int64_t elements = 0;
-            for (last = first; last < step->count && (last == first || elements + step->sizes[last] <= CACHED); last++)
-                elements += step->sizes[last];
-            if (step->settings.max_norm) {
-                pass(step, measure, 0, first, last, thread, team);
+        pass(step, measure, 0, thread, team);
 #pragma omp barrier
-                int again = 0;   /* the same for every thread */
-                for (int64_t k = first; k < last; k++)
-                    again |= is_corrected_late(step, k, team);
-                if (again) {
-                    pass(step, measure_again, 0, first, last, thread, team);
-#pragma omp barrier
-                }
-            }
-            pass(step, update, 1, first, last, thread, team);   /* what was measured last is in the cache */
-        }
+        int again = 0;   /* the same for every thread */
+        for (int64_t k = 0; k < step->count; k++)
+            again |= is_corrected_late(step, k, team);
+        if (again)
+            pass(step, measure_again, 0, thread, team);
     }
+}
+
+static void update_all(const Step *step, int threads)
+{
+#pragma omp parallel num_threads(threads)
+    pass(step, update, 1, omp_get_thread_num(), omp_get_num_threads());   /* what was measured last is in the cache */
+}
+
+static int threads_for(const Step *step, int threads)
+{
+    int64_t elements = 0;
+    for (int64_t k = 0; k < step->count; k++)
+        elements += step->sizes[k];
+    return elements < ALONE ? 1 : threads;
+}
+
+static void release(Py_buffer **buffers, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        PyBuffer_Release(buffers[i]);
+}
+
+static PyObject *norms_of_a_group(PyObject *self, PyObject *arguments)
+{
+    Py_buffer sizes, g, g_prev, norms, clip_factors;
+    double kappa, max_norm;
+    int threads;
+    if (!PyArg_ParseTuple(arguments, "y*y*z*w*w*ddi", &sizes, &g, &g_prev, &norms, &clip_factors, &kappa, &max_norm,
+                          &threads))
+        return NULL;
+    Step step = {.count = sizes.len / (Py_ssize_t)sizeof(int64_t), .sizes = sizes.buf, .g = g.buf, .g_prev = g_prev.buf,
+                 .prev_norms = norms.buf, .settings = {.kappa = (float)kappa, .max_norm = max_norm}};
+    threads = threads_for(&step, threads);
+    step.sums = calloc((size_t)(threads * step.count), sizeof *step.sums);
+    if (step.sums) {
+        Py_BEGIN_ALLOW_THREADS
+        measure_all(&step, threads);
+        Py_END_ALLOW_THREADS
+        for (int64_t k = 0; k < step.count; k++)   /* before ‖g_prev‖ is written over */
+            ((double *)clip_factors.buf)[k] = clip_factor(&step, k, threads);
+        for (int64_t k = 0; k < step.count; k++)
+            ((double *)norms.buf)[k] = norm_of_g(&step, k, threads);
+    } else {
+        PyErr_NoMemory();
+    }
+    free(step.sums);
+    release((Py_buffer *[]){&sizes, &g, &g_prev, &norms, &clip_factors}, 5);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *add_squares(PyObject *self, PyObject *arguments)
+{
+    Py_buffer sizes, g, g_prev, sums;
+    double kappa;
+    int threads;
+    if (!PyArg_ParseTuple(arguments, "y*y*z*w*di", &sizes, &g, &g_prev, &sums, &kappa, &threads))
+        return NULL;
+    Step step = {.count = sizes.len / (Py_ssize_t)sizeof(int64_t), .sizes = sizes.buf, .g = g.buf, .g_prev = g_prev.buf,
+                 .settings = {.kappa = (float)kappa}};
+    threads = threads_for(&step, threads);
+    step.sums = calloc((size_t)(threads * step.count), sizeof *step.sums);
+    if (step.sums) {
+        Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel num_threads(threads)
+        pass(&step, measure_c, 0, omp_get_thread_num(), omp_get_num_threads());
+        Py_END_ALLOW_THREADS
+        for (int64_t k = 0; k < step.count; k++)
+            for (int r = 0; r < threads; r++)
+                ((double *)sums.buf)[k] += step.sums[r * step.count + k].c;
+    } else {
+        PyErr_NoMemory();
+    }
+    free(step.sums);
+    release((Py_buffer *[]){&sizes, &g, &g_prev, &sums}, 4);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 {
-    Py_buffer sizes, x, m, v, g, g_prev, norms, steps;
-    double kappa, beta1, beta2, eps, gamma, lr, weight_decay, max_norm;
-    int threads;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*w*z*ddddddddi", &sizes, &x, &m, &v, &g, &g_prev, &norms, &steps,
-                          &kappa, &beta1, &beta2, &eps, &gamma, &lr, &weight_decay, &max_norm, &threads))
+    Py_buffer sizes, x, m, v, g, g_prev, clip_factors, steps;
+    double kappa, beta1, beta2, eps, gamma, lr, weight_decay;
+    int keeps, threads;
+    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*z*z*dddddddpi", &sizes, &x, &m, &v, &g, &g_prev, &clip_factors,
+                          &steps, &kappa, &beta1, &beta2, &eps, &gamma, &lr, &weight_decay, &keeps, &threads))
         return NULL;
     Settings s = {(float)kappa, (float)(1 - beta1), (float)beta2, (float)(1 - beta2), (float)eps, (float)gamma,
-                  (float)lr, (float)(1 - lr * weight_decay), max_norm};
+                  (float)lr, (float)(1 - lr * weight_decay), 0};
     Step step = {sizes.len / (Py_ssize_t)sizeof(int64_t), sizes.buf, x.buf, m.buf, v.buf, g.buf, g_prev.buf, steps.buf,
-                 norms.buf, s, beta1, beta2, lr, NULL, NULL};
-    int64_t elements = 0;
-    for (int64_t k = 0; k < step.count; k++)
-        elements += step.sizes[k];
-    if (elements < ALONE)
-        threads = 1;
-    step.sums = calloc((size_t)(threads * step.count), sizeof *step.sums);
+                 NULL, clip_factors.buf, keeps, s, beta1, beta2, lr, NULL, NULL};
+    threads = threads_for(&step, threads);
     step.largest = calloc((size_t)(threads * step.count), sizeof *step.largest);
     PyObject *finite = PyList_New((Py_ssize_t)step.count);
-    if (step.sums && step.largest && finite) {
+    if (step.largest && finite) {
         for (int64_t k = 0; step.steps && k < step.count; k++)
             *step.steps[k] += 1;
         Py_BEGIN_ALLOW_THREADS
-        run(&step, threads);
+        update_all(&step, threads);
         Py_END_ALLOW_THREADS
         for (int64_t k = 0; k < step.count; k++) {
             int32_t largest = 0;
             for (int r = 0; r < threads; r++)
                 if (step.largest[r * step.count + k] > largest)
                     largest = step.largest[r * step.count + k];
-            PyList_SET_ITEM(finite, k, PyBool_FromLong(largest < 0x7f800000));
-            ((double *)norms.buf)[k] = s.max_norm ? norm_of_g(&step, k, threads) : NAN;
+            PyList_SetItem(finite, k, PyBool_FromLong(largest < INFINITE));
         }
     } else {
         Py_CLEAR(finite);
         PyErr_NoMemory();
     }
-    free(step.sums);
     free(step.largest);
-    Py_buffer *buffers[] = {&sizes, &x, &m, &v, &g, &g_prev, &norms, &steps};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
-        PyBuffer_Release(buffers[i]);
+    release((Py_buffer *[]){&sizes, &x, &m, &v, &g, &g_prev, &clip_factors, &steps}, 8);
     return finite;
 }
 
 static PyMethodDef methods[] = {
+    {"norms", norms_of_a_group, METH_VARARGS,
+     "norms(sizes, g, g_prev, norms, clip_factors, kappa, max_norm, threads): what the clip of float32 tensors must "
+     "know. sizes is a buffer of int64, the element counts; g and g_prev are buffers of addresses. norms is a buffer of "
+     "doubles: of g_prev where known, else NaN; it becomes the norms of g. clip_factors, of doubles, becomes the factor "
+     "of each c; NaN where c is not finite."},
     {"step", step_of_a_group, METH_VARARGS,
-     "step(sizes, x, m, v, g, g_prev, norms, steps, kappa, beta1, beta2, eps, gamma, lr, weight_decay, max_norm, "
-     "threads): one step of MARS-AdamW (v and steps given) or MARS-Lion on float32 tensors, in place. sizes is a "
-     "buffer of int64, the element counts; x, m, v, g, g_prev and steps are buffers of addresses. norms is a buffer of "
-     "doubles: of g_prev where known, else NaN; it becomes the norms of g, or NaN without a clip. Returns for each "
-     "tensor whether its c was finite."},
+     "step(sizes, x, m, v, g, g_prev, clip_factors, steps, kappa, beta1, beta2, eps, gamma, lr, weight_decay, keeps, "
+     "threads): one step of MARS-AdamW (v and steps given) or MARS-Lion on float32 tensors, in place; buffers as above. With "
+     "keeps, g takes g_prev's place, zero where it is not finite. Returns for each tensor whether its c was finite."},
+    {"add_squares", add_squares, METH_VARARGS,
+     "add_squares(sizes, g, g_prev, sums, kappa, threads): add each tensor's sum of squares of c to the doubles in "
+     "sums."},
     {NULL, NULL, 0, NULL},
 };
 

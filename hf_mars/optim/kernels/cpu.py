@@ -11,6 +11,7 @@ import math
 from array import array
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch.nn import Parameter
 from ..batch import Batch
 from ..form import Form
 from ..last_grad import LastNorms
+from ..sharding import all_ranks_can, norms_of_squares
+from ..skipping import Skip
 
 _cpu: ModuleType | None
 try:
@@ -52,10 +55,12 @@ def why_not(batch: Batch) -> str | None:
         return f"foreach={group['foreach']}, fused={group['fused']}"
     if group["update"] == "adamw" and batch.previous_grads is None and group["max_norm"] is None:
         return "plain AdamW has a fused one there"
-    if _cpu is None:
+    able = _cpu is not None
+    if _needs_an_exchange(batch):  # where all ranks have to do the same
+        groups = dict.fromkeys(group for part in batch.parts for group in part.sums_over)
+        able = all_ranks_can("compiled step", able, groups, batch.params[0].device)
+    if not able:
         return "the compiled step is missing (no C compiler at installation, or torch's threads are not OpenMP's)"
-    if not batch.is_whole:
-        return "parameters are sharded"
     averages = [batch.exp_avgs, batch.exp_avg_sqs] if group["update"] == "adamw" else [batch.exp_avgs]
     lists = [batch.params, batch.grads, batch.previous_grads or batch.grads, *averages]
     # In one expression each: hundreds of tensors may be small, and loops over them take as long as their step.
@@ -67,28 +72,87 @@ def why_not(batch: Batch) -> str | None:
     return None
 
 
-def step(batches: list[Batch], last_norms: LastNorms) -> None:
-    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}, as `execution.Execution` says."""
+class _Measured(NamedTuple):
+    """‖g_t‖₂ of the tensors of a batch, NaN where it was not measured; and the factors of their c_t, if it clips."""
+
+    norms: array[float]
+    clip_factors: array[float] | None
+
+
+def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[_Measured]:
+    """The clip's norms, which also say whether a gradient is not finite; see `execution.Execution`."""
+    exchanging = [batch for batch in batches if _needs_an_exchange(batch)]
+    of_parts = _measure_parts(exchanging, skip) if exchanging else {}
+    return [of_parts.get(id(batch)) or _measure(batch, last_norms, skip) for batch in batches]
+
+
+def _needs_an_exchange(batch: Batch) -> bool:
+    return not batch.is_whole and batch.group["max_norm"] is not None
+
+
+def _measure_parts(batches: list[Batch], skip: Skip) -> dict[int, _Measured]:
+    """Of parameters that are spread over ranks, by the id of their batch, with one exchange between ranks."""
+    assert _cpu is not None
+    squares = []
     for batch in batches:
-        _step(batch, last_norms)
+        sums = array("d", bytes(8 * len(batch.params)))
+        previous_grads = None if batch.previous_grads is None else _addresses(batch.previous_grads)
+        sizes, grads = _sizes(batch.grads), _addresses(batch.grads)
+        _cpu.add_squares(sizes, grads, previous_grads, sums, batch.kappa, torch.get_num_threads())
+        squares += [torch.tensor(value, dtype=torch.float64) for value in sums]
+    norms = iter(norms_of_squares(squares, [part for batch in batches for part in batch.parts]))
+    result = {}
+    for batch in batches:
+        lengths, max_norm = [next(norms).item() for _ in batch.params], batch.group["max_norm"]
+        factors = array("d", [1.0 if x <= max_norm else max_norm / x if x < math.inf else math.nan for x in lengths])
+        skip.add(factors)
+        result[id(batch)] = _Measured(array("d"), factors)
+    return result
 
 
-def _step(batch: Batch, last_norms: LastNorms) -> None:
+def _measure(batch: Batch, last_norms: LastNorms, skip: Skip) -> _Measured:
+    assert _cpu is not None
+    max_norm, previous_grads = batch.group["max_norm"], batch.previous_grads
+    nothing = array("d", [math.nan]) * len(batch.params)
+    if max_norm is None:
+        return _Measured(nothing, None)
+    known = last_norms.take(previous_grads) if batch.form is Form.APPROX and previous_grads else []
+    norms = array("d", [math.nan if norm is None else norm for norm in known]) or nothing
+    clip_factors = array("d", nothing)
+    _cpu.norms(
+        _sizes(batch.params),
+        _addresses(batch.grads),
+        None if previous_grads is None else _addresses(previous_grads),
+        norms,
+        clip_factors,
+        batch.kappa,
+        max_norm,
+        torch.get_num_threads(),
+    )
+    skip.add(clip_factors)
+    return _Measured(norms, clip_factors)
+
+
+def step(batches: list[Batch], measured: list[_Measured], last_norms: LastNorms, skip: Skip) -> None:
+    """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; see `execution.Execution`."""
+    for batch, some in zip(batches, measured, strict=True):
+        _step(batch, some, last_norms)
+
+
+def _step(batch: Batch, measured: _Measured, last_norms: LastNorms) -> None:
     assert _cpu is not None
     params, group, previous_grads = batch.params, batch.group, batch.previous_grads
-    keeps_last_grad = batch.form is Form.APPROX
     beta1, beta2 = group["betas"]
-    known = last_norms.take(previous_grads) if keeps_last_grad and previous_grads else [None] * len(params)
-    norms = array("d", [math.nan if norm is None else norm for norm in known])
     is_adamw = group["update"] == "adamw"
+    by_value = batch.form is Form.APPROX and not batch.is_whole  # g_{t−1} of a part stays the memory that it is
     finite = _cpu.step(
-        array("q", [param.numel() for param in params]),
+        _sizes(params),
         _addresses(params),
         _addresses(batch.exp_avgs),
         _addresses(batch.exp_avg_sqs) if is_adamw else None,
         _addresses(batch.grads),
         None if previous_grads is None else _addresses(previous_grads),
-        norms,
+        measured.clip_factors,
         _addresses(batch.steps) if is_adamw else None,
         batch.kappa,
         beta1,
@@ -97,12 +161,18 @@ def _step(batch: Batch, last_norms: LastNorms) -> None:
         batch.momentum_gamma,
         batch.lr,
         batch.weight_decay,
-        group["max_norm"] or 0.0,
+        by_value,
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
-    if keeps_last_grad:
-        last_norms.remember(batch.keep_last_grads(finite), norms.tolist())
+    if batch.form is Form.APPROX and not by_value:
+        kept = batch.keep_last_grads(finite)
+        if measured.clip_factors is not None:
+            last_norms.remember(kept, measured.norms.tolist())
+
+
+def _sizes(tensors: list[Tensor]) -> array[int]:
+    return array("q", [t.numel() for t in tensors])
 
 
 def _addresses(tensors: list[Tensor]) -> array[int]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from .agreement import all_ranks_can
 from .devices import exchange_device
 from .parts import DTensorPart, Part, Pieces, Ranks, owners_of, pack, unpack
 
@@ -17,7 +18,12 @@ Function = Callable[[list[Tensor]], list[Tensor]]
 
 
 def on_whole_matrices(
-    function: Function, tensors: list[Tensor], parts: list[Part], replicas: Ranks | None
+    function: Function,
+    tensors: list[Tensor],
+    parts: list[Part],
+    replicas: Ranks | None,
+    in_bfloat16: Callable[[torch.Size], bool] = lambda shape: False,
+    has_bfloat16: bool = False,
 ) -> list[Tensor]:
     """Apply `function` to whole tensors of which this process has `tensors`; return its parts of the results.
 
@@ -30,14 +36,22 @@ def on_whole_matrices(
     - else every rank works on everything, on tensors sharded along several mesh dimensions after gathering them.
 
     Args:
-        function: from a list of tensors to a list of tensors of the same shapes and dtypes.
+        function: from a list of tensors to a list of tensors of the same shapes and dtypes, or bfloat16.
         tensors: this process's local tensors.
         parts: how they lie in the whole ones.
         replicas: ranks whose `tensors` are equal, or None where that is not known.
+        in_bfloat16: whether `function` begins with rounding a tensor of this shape to bfloat16 and ends with bfloat16,
+            on machines that have it. Then ranks send each other that: half the bytes, the same bits.
+        has_bfloat16: whether this process's machine has it.
     """
     ways: dict[tuple, list[int]] = {}
     for i, part in enumerate(parts):
-        ways.setdefault((tensors[i].dtype, tensors[i].device, *_way(part, replicas)), []).append(i)
+        way, *where = _way(part, replicas)
+        if where:
+            halves = in_bfloat16(part.whole_shape(tensors[i])) and tensors[i].itemsize > 2
+            halves = halves and all_ranks_can("bfloat16 products", has_bfloat16, where, tensors[i].device)
+            where.append(torch.bfloat16 if halves else tensors[i].dtype)
+        ways.setdefault((tensors[i].dtype, tensors[i].device, way, *where), []).append(i)
     results: dict[int, Tensor] = {}
     for (_, _, way, *where), indices in ways.items():
         chosen, chosen_parts = [tensors[i] for i in indices], [parts[i] for i in indices]
@@ -76,12 +90,15 @@ def _on_gathered(function: Function, tensors: list[Tensor], parts: list[DTensorP
     ]
 
 
-def _on_replicas(function: Function, tensors: list[Tensor], parts: list[Part], group: Ranks) -> list[Tensor]:
+def _on_replicas(
+    function: Function, tensors: list[Tensor], parts: list[Part], group: Ranks, dtype: torch.dtype
+) -> list[Tensor]:
     ranks = range(group.size())
     owners = owners_of([tensor.shape for tensor in tensors], len(ranks))
     of_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in ranks]
-    buffers = [tensors[0].new_empty(sum(tensors[i].numel() for i in theirs)) for theirs in of_owner]
-    buffers[group.rank()] = pack(function([tensors[i] for i in of_owner[group.rank()]]), like=tensors[0])
+    buffers = [tensors[0].new_empty(sum(tensors[i].numel() for i in theirs), dtype=dtype) for theirs in of_owner]
+    mine = function([tensors[i].to(dtype) for i in of_owner[group.rank()]])
+    buffers[group.rank()] = pack(mine, like=buffers[group.rank()]).to(dtype)
     # Not an all-gather: that wants equal sizes, up to the largest matrix a rank where ranks outnumber matrices.
     sent = [
         dist.broadcast(buffer, dist.get_global_rank(group, r), group=group, async_op=True)
@@ -93,7 +110,9 @@ def _on_replicas(function: Function, tensors: list[Tensor], parts: list[Part], g
     return _sorted_out(of_owner, buffers, tensors)
 
 
-def _on_owners(function: Function, tensors: list[Tensor], parts: list[Pieces], group: Ranks) -> list[Tensor]:
+def _on_owners(
+    function: Function, tensors: list[Tensor], parts: list[Pieces], group: Ranks, dtype: torch.dtype
+) -> list[Tensor]:
     ranks, device = range(group.size()), tensors[0].device
     there = exchange_device(group, device)
     owners = owners_of([part.whole_shape(t) for part, t in zip(parts, tensors, strict=True)], len(ranks))
@@ -104,7 +123,7 @@ def _on_owners(function: Function, tensors: list[Tensor], parts: list[Pieces], g
 
     # To every owner my pieces of its tensors; from every rank its pieces of mine.
     buffers = _all_to_all(
-        [pack([tensors[i] for i in theirs], like=tensors[0]).to(there) for theirs in of_owner],
+        [pack([tensors[i] for i in theirs], like=tensors[0]).to(there, dtype) for theirs in of_owner],
         [sum(math.prod(shapes[i][r]) for i in mine) for r in ranks],
         group,
     )
@@ -114,7 +133,7 @@ def _on_owners(function: Function, tensors: list[Tensor], parts: list[Pieces], g
     # The same way back.
     cut = [parts[i].cut(result) for i, result in zip(mine, function(wholes), strict=True)]
     buffers = _all_to_all(
-        [pack([pieces[r] for pieces in cut], like=buffers[0]) for r in ranks],
+        [pack([pieces[r] for pieces in cut], like=buffers[0]).to(dtype) for r in ranks],
         [sum(tensors[i].numel() for i in theirs) for theirs in of_owner],
         group,
     )

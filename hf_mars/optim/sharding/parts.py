@@ -52,6 +52,7 @@ class Pieces(Part):
 
 
 WHOLE = Part()
+FLAT = Part()  # a rank's slices of parameters, of which nothing but elementwise work is asked
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .parts import WHOLE, Part, Ranks, Slice, part_of
+from .parts import FLAT, WHOLE, Part, Ranks, Slice, part_of
 
 TESTED = "0.19.8"
 
@@ -36,7 +36,7 @@ class Originals:
         self._groups: list[Mapping[str, Any]] = []
         self._params: list[list[weakref.ref[Tensor]]] = []
         self._known: dict[int, weakref.ref[Tensor]] = {}
-        self._slices: dict[int, tuple[weakref.ref[Tensor], list[Part]]] = {}
+        self._slices: dict[tuple[int, bool], tuple[weakref.ref[Tensor], list[Part]]] = {}
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Take note of the parameters of a new param_group."""
@@ -68,14 +68,15 @@ class Originals:
             )
         if param.ndim != 1:
             return [WHOLE]
-        known = self._slices.get(id(param))
+        is_elementwise = group["update"] != "shampoo" and group["max_norm"] is None and not group["skip_nonfinite"]
+        known = self._slices.get((id(param), is_elementwise))
         if known is not None and known[0]() is param:
             return known[1]
-        is_elementwise = group["update"] != "shampoo" and group["max_norm"] is None
-        if is_elementwise or self._is_copied(group):
-            return [WHOLE]
-        parts = self._find(param, group)
-        self._slices[id(param)] = weakref.ref(param), parts
+        if self._is_copied(group):
+            parts: list[Part] = [WHOLE]
+        else:
+            parts = [FLAT] if is_elementwise else self._find(param, group)
+        self._slices[id(param), is_elementwise] = weakref.ref(param), parts
         return parts
 
     def _is_known(self, param: Tensor) -> bool:

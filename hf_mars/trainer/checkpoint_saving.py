@@ -1,0 +1,201 @@
+"""Saving and choosing checkpoints in a Trainer, by what `checkpoints` says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.utils import logging
+
+from . import checkpoints
+from .checkpoints import CheckpointError
+from .names import optim_name
+from .nodes import once_per_node
+
+logger = logging.get_logger(__name__)
+
+
+# ---- saving ----
+
+being_saved: set[Path] = set()  # output folders with an unfinished checkpoint of this process
+
+
+@contextlib.contextmanager
+def whole_checkpoint(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Around the save of a checkpoint, in all processes: mark it as unfinished, then write its manifest.
+
+    Older checkpoints are deleted only then (`save_total_limit`), so that there is always a whole one.
+
+    Args:
+        trainer: that saves.
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: the files cannot be written, as on a full disk.
+    """
+    args = trainer.args
+    being_saved.add(folder.parent)
+    try:
+        if args.should_save:
+            checkpoints.begin(folder)
+        trainer.accelerator.wait_for_everyone()
+        yield
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            checkpoints.finish(folder, facts(trainer), checksums=getattr(args, "checkpoint_checksums", "small"))
+            rotate(folder.parent, args.save_total_limit, trainer.state.best_model_checkpoint)
+        trainer.accelerator.wait_for_everyone()
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        raise CheckpointError(not_saved(folder, error)) from error
+    finally:
+        being_saved.discard(folder.parent)
+
+
+def facts(trainer: Trainer) -> dict[str, Any]:
+    """What a manifest says about the run."""
+    return {
+        "step": trainer.state.global_step,
+        "world_size": trainer.args.world_size,
+        "engine": trainer.accelerator.distributed_type.value,
+        "optimizer": optim_name(trainer.args),
+    }
+
+
+def rotate(run_dir: Path, save_total_limit: int | None, best_model_checkpoint: str | None) -> None:
+    """transformers' rotation, unless the checkpoint that it would keep as the newest is not whole."""
+    if save_total_limit is None or save_total_limit <= 0:
+        return
+    newest = sort_checkpoints(str(run_dir), use_mtime=True)[-1]
+    if why := checkpoints.fault(Path(newest), checksums=False):
+        logger.warning(f"save_total_limit={save_total_limit}: nothing is deleted now, since {newest} {why}")
+        return
+    rotate_checkpoints(
+        output_dir=str(run_dir),
+        save_total_limit=save_total_limit,
+        best_model_checkpoint=best_model_checkpoint,
+        use_mtime=True,
+    )
+
+
+# In RuntimeErrors of torch.save, which does not tell why.
+_TORCH_CANNOT_WRITE = ("failed writing file", "unexpected pos", "iostream error")
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether an exception tells of a file that could not be written: the writers of weights have their own kinds."""
+    if isinstance(error, OSError):
+        return True
+    text = str(error)
+    return type(error).__name__ in ("RuntimeError", "SafetensorError") and (
+        any(words in text for words in (*_TORCH_CANNOT_WRITE, "I/O error", "os error"))
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether that was for want of space."""
+    return is_write_error(error) and (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left" in str(error)
+        or any(words in str(error) for words in _TORCH_CANNOT_WRITE)
+    )
+
+
+def not_saved(folder: Path, error: BaseException) -> str:
+    """Why a checkpoint was not saved, in one sentence."""
+    free = shutil.disk_usage(folder.parent).free / 2**20
+    newest = checkpoints.newest_whole(folder.parent).checkpoint
+    return f"{folder} could not be saved ({' '.join(str(error).split())}); {free:,.0f} MiB are free there; " + (
+        f"the newest whole checkpoint is {newest}" if newest else "there is no whole checkpoint"
+    )
+
+
+# ---- resuming ----
+
+
+def checkpoint_to_load(args: TrainingArguments, asked: str | bool | None) -> str | None:
+    """The checkpoint that a Trainer goes on from; None to begin at step 0.
+
+    Args:
+        args: the Trainer's.
+        asked: as for `Trainer.train`.
+
+    Raises:
+        CheckpointError: in every process, if that checkpoint is not whole or there is none, or not everywhere.
+    """
+    if not asked:
+        return None
+
+    def find() -> str:
+        if asked is not True:
+            checkpoints.check_whole(Path(asked))
+            folder = Path(asked)
+        else:
+            folder = newest_whole(Path(str(args.output_dir)), "resume_from_checkpoint=True")
+        if args.should_save and folder.parent.resolve() == Path(str(args.output_dir)).resolve():
+            checkpoints.leave_branch(folder)
+        return str(folder)
+
+    return once_per_node(args, find)
+
+
+def newest_whole(output_dir: Path, argument: str) -> Path:
+    """The newest whole checkpoint, with one warning about those that were passed over.
+
+    Args:
+        output_dir: of the run.
+        argument: that asks for it, for messages.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    search = checkpoints.newest_whole(output_dir)
+    if search.checkpoint is None:
+        raise CheckpointError(
+            f"{argument}: there is no whole checkpoint in {output_dir}"
+            + (f"; not whole: {search.reasons()}" if search.passed_over else "")
+        )
+    if search.passed_over:
+        logger.warning(f"{argument}: takes {search.checkpoint} and passes over {search.reasons()}")
+    return search.checkpoint
+
+
+class MarsCheckpointCallback(TrainerCallback):
+    """Gives the checkpoints of any Trainer the manifest that `MarsTrainer`'s have.
+
+    Add it last: `trainer.add_callback(MarsCheckpointCallback(trainer))`. A Trainer that is not MarsTrainer still
+    resumes by its own rule, and deletes by it: `newest_whole` finds the one to name.
+
+    Args:
+        trainer: that saves.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save and args.should_save and not state.is_hyper_param_search:
+            checkpoints.begin(self._folder)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_hyper_param_search:
+            return
+        self.trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            checksums = getattr(args, "checkpoint_checksums", "small")
+            checkpoints.finish(self._folder, facts(self.trainer), checksums=checksums)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.trainer.args.output_dir)) / f"checkpoint-{self.trainer.state.global_step}"
