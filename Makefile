@@ -36,13 +36,13 @@ test-engines: $(VENV)/.with-test
 test-fast: $(VENV)/.with-test
 	$(PYTEST) -m "not slow"
 
-# Format and lint, types, and the laws of imports (CONTRIBUTING.md).
 # Runs that are killed, stopped, torn and starved of disk space for that long, compared with undisturbed ones; fuzzing.
 MINUTES ?= 30
 chaos: $(VENV)/.with-test
 	HYPOTHESIS_PROFILE=chaos $(BIN)/python -m pytest tests/chaos/test_fuzz.py
 	$(BIN)/python tests/chaos/chaos.py --minutes $(MINUTES)
 
+# Format and lint, types, and the laws of imports (CONTRIBUTING.md).
 quality: $(VENV)/.with-quality
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import METHODS, assert_close, assert_equal, tiny_gpt2
 from launch_helpers import launch
+from peft import LoraConfig, get_peft_model
 from trainer_helpers import CountSteps, losses, train
 from transformers import GPT2LMHeadModel, modelcard
 
@@ -67,6 +68,12 @@ def finished(run, checkpoint):
     return resumed(run, checkpoint, "finished")
 
 
+def with_lora(model):
+    """The model with adapters, all else frozen; no dropout."""
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=3, target_modules=["c_attn", "c_fc"], init_lora_weights=False))
+
+
 class Launches:
     """Runs of the engines, in one folder."""
 
@@ -78,12 +85,13 @@ class Launches:
     def model(self):
         return GPT2LMHeadModel.from_pretrained(self.folder / "model")
 
-    def alone(self, name, resume=None):
+    def alone(self, name, resume=None, lora=False):
         """Without engine, in this process; what engine_worker.py saves of a run."""
         settings = {**SETTINGS[name], **of_engine(None, 1)}
         steps = CountSteps()
-        folder = self.folder / "alone" / name
-        trainer = train(folder, model=self.model(), resume=resume, callbacks=[steps], **settings)
+        folder = self.folder / "alone" / (f"{name} LoRA" if lora else name)
+        model = with_lora(self.model()) if lora else self.model()
+        trainer = train(folder, model=model, resume=resume, callbacks=[steps], **settings)
         assert trainer.args.world_size == 1
         weights = {key: param.detach().clone() for key, param in trainer.model.named_parameters()}
         card = modelcard.extract_hyperparameters_from_trainer(trainer)["optimizer"]

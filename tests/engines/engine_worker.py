@@ -2,9 +2,9 @@
 
 Usage: engine_worker.py PLAN.json, with "engine" ("ddp", "fsdp2" or "deepspeed"), "processes", "folder" (each run gets
 one in it), "model" (where to load it from), "results" (a file) and "runs". A run has "name", "settings"
-(TrainingArguments) and where wanted "trainer" (one of TRAINERS), "resume" (a checkpoint) and "die_at" (a step at whose
-start the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole weights, each
-rank's keys of the optimizer state and what a model card says of the optimizer.
+(TrainingArguments) and where wanted "trainer" (one of TRAINERS), "resume" (a checkpoint), "lora" (true) and "die_at"
+(a step at whose start the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole
+weights, each rank's keys of the optimizer state and what a model card says of the optimizer.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType
 from accelerate_helpers import let_accelerate_shard_on_cpus
+from engine_helpers import with_lora
 from torch.distributed.tensor import DTensor
 from trainer_helpers import CountSteps, MarsTrainer, Trainer, losses, optimizer_of, train
 from transformers import GPT2LMHeadModel, TrainerCallback, modelcard
@@ -79,6 +80,8 @@ def main(plan):
         model = GPT2LMHeadModel.from_pretrained(plan["model"])
         if deepspeed is not None and deepspeed.is_zero3():
             assert all(param.shape == (0,) for param in model.parameters())
+        if run.get("lora"):
+            model = with_lora(model)
         steps = CountSteps()
         trainer = train(
             os.path.join(plan["folder"], run["name"]),

@@ -42,7 +42,7 @@ def one_process(launches):
 def several_processes(request, launches):
     kind, environment = ENGINES[request.param]
     runs = [{"name": f"{run}", "settings": a_bfloat16_run(*run, request.param, 2)} for run in RUNS]
-    return launches.together(f"bfloat16 {request.param}", kind, 2, runs, **environment)
+    return launches.together(f"bfloat16 {request.param}", kind, 2, runs, timeout=900, **environment)
 
 
 @NEEDS_DEEPSPEED

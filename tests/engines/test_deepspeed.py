@@ -11,12 +11,14 @@ from engine_helpers import (
     finished,
     resumed,
 )
+from launch_helpers import start
 
 # One fixture starts up to four launches, each with a timeout of its own.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 RESUMED = [name for name in APPROX if name.endswith("approx")]
+LORA = "mars_m approx"
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,19 @@ def deepspeed(launches):
             runs.append(run)
             if name in RESUMED:
                 runs.append(resumed(run, launches.checkpoint(zero, run["name"])))
+            if name == LORA:
+                runs.append({**a_run(name, "deepspeed", 2, label=f"LoRA {zero}", zero=zero), "lora": True})
             if name == APPROX[0]:
                 runs.append(finished(run, launches.checkpoint(zero, run["name"], 6)))
             if zero == "stage 1":
                 runs.append(a_run(name, "deepspeed", 2, label=f"{name} Trainer", zero=zero, trainer="Trainer"))
         results.update(launches.together(zero, "deepspeed", 2, runs, DS_ACCELERATOR="cpu"))
     return results
+
+
+@pytest.fixture(scope="module")
+def alone_with_lora(launches):
+    return launches.alone(LORA, lora=True)
 
 
 EVERY_APPROX = pytest.mark.parametrize("name", APPROX)
@@ -56,6 +65,26 @@ def test_zero_equals_one_process(name, zero, deepspeed, alone):
     check_same_numbers(deepspeed[f"{name} {zero}"], alone[name])
     keys = deepspeed[f"{name} {zero}"]["state_keys"]
     assert keys[0] == keys[1] and all(keys[0])
+
+
+@NEEDS_DEEPSPEED
+@EVERY_STAGE
+def test_zero_with_lora_equals_one_process(zero, deepspeed, alone_with_lora):
+    """All but the adapters is frozen."""
+    check_same_numbers(deepspeed[f"LoRA {zero}"], alone_with_lora)
+
+
+@pytest.mark.exhaustive
+@NEEDS_DEEPSPEED
+@EVERY_STAGE
+def test_zero_refuses_checkpoints_of_another_number_of_processes(zero, launches, deepspeed):
+    """DeepSpeed says so itself, whatever the optimizer. What its universal checkpoints lack is refused by us."""
+    run = a_run(LORA, "deepspeed", 2, label=f"of one {zero}", zero=zero)
+    checkpoint = launches.checkpoint(zero, f"{LORA} {zero}")
+    path, _ = launches.plan(f"of one {zero}", "deepspeed", 1, [resumed(run, checkpoint)])
+    done = start(1, "engines/engine_worker.py", path, DS_ACCELERATOR="cpu")
+    assert done.returncode != 0
+    assert "used a DP world size of 2 but the current world size is 1" in done.stderr
 
 
 @NEEDS_DEEPSPEED
