@@ -275,7 +275,7 @@ def predictions() -> str:
         flops = sum(map(newton_schulz_flops, model.shapes["matrix"]))
         rows = []
         for n in RANKS:
-            shared = model.largest_share(n)[1]
+            shared = sum(stack.largest_share(n)[1] for stack in model.stacks("ddp", n, shared=True))
             counts = [6 * model.elements() * TOKENS / n, flops, shared]
             seconds = (flops - shared) / SPEED
             break_even = step_traffic(model, VARIANTS["mars_shampoo process_group=…"], "ddp", n) / seconds

@@ -12,11 +12,13 @@ from torch import nn
 
 from hf_mars import MarsAdamW, MarsLion, MarsShampoo
 from hf_mars.optim import parameter_roles
-from hf_mars.optim.algorithm.newton_schulz import WIDE
+from hf_mars.optim.algorithm.lion import PIECE_ON_ACCELERATORS
+from hf_mars.optim.algorithm.newton_schulz import MIN_BFLOAT16, WIDE
+from hf_mars.optim.composed import ORTHOGONALISED_AT_A_TIME, SHARERS_AT_A_TIME
 from hf_mars.optim.groups import KINDS
 from hf_mars.optim.sharding import owners_of
 
-FP32, BF16 = 4, 2  # bytes
+FP64, FP32, BF16 = 8, 4, 2  # bytes
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 NOT_ZERO = ("ddp", "fsdp2")  # where there is exact mode
 BOTH = ("matrix", "embedding")
@@ -126,6 +128,20 @@ class Model:
             return sum(math.ceil(shape[0] / ranks) * math.prod(shape[1:]) for shape in shapes)
         return sum(math.ceil(math.prod(shape) / ranks) for shape in shapes)
 
+    def stacks(self, engine: str, ranks: int, *, shared: bool) -> "list[Model]":
+        """The matrices that are orthogonalised and applied before the next ones are."""
+        stacks: list[Model] = []
+        most = ORTHOGONALISED_AT_A_TIME * (min(ranks, SHARERS_AT_A_TIME) if shared else 1)
+        elements = 0
+        for shape in self.shapes["matrix"]:
+            size = Model({"matrix": [shape]}).elements(["matrix"], engine, ranks)
+            if not stacks or elements + size > most:
+                stacks.append(Model({"matrix": []}))
+                elements = 0
+            stacks[-1].shapes["matrix"].append(shape)
+            elements += size
+        return stacks
+
     def largest_share(self, ranks: int) -> tuple[int, int]:
         """(elements, operations of Newton–Schulz) of the most of either on a rank that has its share of the matrices.
 
@@ -174,20 +190,33 @@ def gradient_bytes(model: Model, engine: str, ranks: int) -> int:
     }[engine]
 
 
+def orthogonal_bytes(shape: torch.Size) -> int:
+    """Bytes per element of what goes into Newton–Schulz and comes out of it, where there are units for bfloat16."""
+    return BF16 if min(shape[-2:]) >= MIN_BFLOAT16 else FP32
+
+
 def passing_bytes(model: Model, variant: Variant, engine: str, ranks: int) -> int:
     """Bytes on a rank that an update needs on top for a while, without those of Newton–Schulz itself."""
-    mine = model.elements(["matrix"], engine, ranks)
-    tensors = variant.temporaries * mine
-    if variant.evaluations == 2:
-        tensors += model.elements(engine=engine, ranks=ranks)  # the gradient at the previous point
-    if variant.orthogonalizes:
-        share, _ = model.largest_share(ranks)
-        if engine != "ddp":
-            # Of its matrices: pieces, wholes, results, those packed, and once more to send.
-            tensors += mine + 5 * share
-        else:
-            tensors += mine + (2 * share if variant.replicas else 0)  # all results; its own also before it packs them
-    return FP32 * tensors
+    gradient = FP32 * model.elements(engine=engine, ranks=ranks) if variant.evaluations == 2 else 0
+    if not variant.orthogonalizes:
+        return gradient + FP32 * variant.temporaries * min(
+            PIECE_ON_ACCELERATORS, model.elements(["matrix"], engine, ranks)
+        )
+    return gradient + max(
+        _passing_bytes_of_a_stack(stack, variant, engine, ranks)
+        for stack in model.stacks(engine, ranks, shared=variant.replicas)
+    )
+
+
+def _passing_bytes_of_a_stack(stack: Model, variant: Variant, engine: str, ranks: int) -> int:
+    mine, (share, _) = stack.elements(["matrix"], engine, ranks), stack.largest_share(ranks)
+    if engine != "ddp":
+        # Its parts of all results; of its matrices: pieces, wholes, results, those packed, and once more to send.
+        results = mine + 5 * share
+    else:
+        results = mine + (2 * share if variant.replicas else 0)  # all results; its own also before it packs them
+    size = max(map(orthogonal_bytes, stack.shapes["matrix"]))
+    return FP32 * variant.temporaries * mine + size * results
 
 
 def backward_collectives(model: Model, variant: Variant, engine: str, ranks: int) -> Counter:
@@ -206,16 +235,19 @@ def backward_collectives(model: Model, variant: Variant, engine: str, ranks: int
 def step_collectives(model: Model, variant: Variant, engine: str, ranks: int) -> Counter:
     """Payload of the collectives of one step(); of an all-to-all, what the fullest rank sends."""
     payload = Counter()
-    share, _ = model.largest_share(ranks)
     if engine != "ddp":
-        payload["all_reduce"] = FP32 * model.tensors(variant.clipped)  # norms
+        payload["all_reduce"] = FP64 * model.tensors(variant.clipped)  # squares of norms
     if engine in ("zero1", "zero2"):
         payload["all_gather"] = BF16 * ranks * model.elements(engine=engine, ranks=ranks)  # updated parameters
     if variant.orthogonalizes and engine != "ddp":
         # Pieces of the momentum to the rank that works on the matrix, and its results back.
-        payload["all_to_all"] = FP32 * (model.elements(["matrix"], engine, ranks) + share)
+        for stack in model.stacks(engine, ranks, shared=False):
+            size = max(map(orthogonal_bytes, stack.shapes["matrix"]))
+            share, _ = stack.largest_share(ranks)
+            payload["all_to_all"] += size * (stack.elements(["matrix"], engine, ranks) + share)
     if variant.replicas and engine == "ddp":
-        payload["broadcast"] = FP32 * model.elements(["matrix"])  # results, each from the rank that worked on it
+        # Results, each from the rank that worked on it.
+        payload["broadcast"] = sum(orthogonal_bytes(shape) * shape.numel() for shape in model.shapes["matrix"])
     return +payload
 
 

@@ -24,7 +24,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mars import MarsAdamW, MarsShampoo
-from hf_mars.optim import composed, execution
+from hf_mars.optim import composed
+from hf_mars.optim.kernels import cpu, gpu
 from hf_mars.optim.sharding import matrices
 
 
@@ -35,7 +36,10 @@ class Way(NamedTuple):
 
 
 FLOAT32 = {(matrices, "all_ranks_can"): lambda *_: False, (composed, "ORTHOGONALISED_AT_A_TIME"): 1 << 62}
-COMPOSED = {(execution, "choose"): lambda batch: (composed, None)}
+COMPOSED = {
+    (cpu, "why_not"): lambda batch: "the benchmark asks for it",
+    (gpu, "split"): lambda batch: (None, batch, "the benchmark asks for it"),
+}
 
 
 def shampoo(params):
@@ -108,7 +112,7 @@ def make(way, shapes, mesh):
     tensors = [torch.randn(shape, device=mesh.device_type) for shape in shapes]
     if way.is_sharded:
         tensors = [distribute_tensor(t, mesh, [Shard(0)]) for t in tensors]
-    return way.make([torch.nn.Parameter(tensor) for tensor in tensors])
+    return way.make([{"params": [torch.nn.Parameter(tensor) for tensor in tensors], "kind": "matrix"}])
 
 
 def new_gradients(optimizer):

@@ -30,8 +30,10 @@ from .skipping import Skip
 # Elements that are updated at a time where that takes temporary copies of them.
 COPIED_AT_A_TIME = 1 << 24
 
-# Elements of matrices, on each rank, that are orthogonalised and applied before the next ones are.
+# Elements of matrices, on each rank, that are orthogonalised and applied before the next ones are. Ranks with equal
+# gradients, which each keep the results of all, share those of so many ranks at most.
 ORTHOGONALISED_AT_A_TIME = 1 << 26
+SHARERS_AT_A_TIME = 8
 
 # ‖c_t‖₂ of the tensors of a batch: numbers where the host may look at them, else 0-d tensors; None: not wanted.
 Norms = list[float] | list[Tensor] | None
@@ -189,7 +191,7 @@ def _update(
 def _at_a_time(batch: Batch) -> int:
     """Enough for each rank to have a stack of matrices to work on, few enough to bound the memory of the results."""
     sharers = 1 if batch.replicas is None or not batch.is_whole else batch.replicas.size()
-    return ORTHOGONALISED_AT_A_TIME * sharers
+    return ORTHOGONALISED_AT_A_TIME * min(sharers, SHARERS_AT_A_TIME)
 
 
 # ---- norms and the clip ----

@@ -41,7 +41,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 # The keys that optim_args may have, under any name; options.py has their ranges and says which are whose.
 OPTIM_ARGS = (
     *("gamma", "max_norm", "exact", "beta1", "beta2", "eps", "lr_1d", "beta1_1d", "beta2_1d", "optimize_1d"),
-    *("last_grad_dtype", "state_dtype", "kahan_sum", "foreach", "fused"),
+    *("last_grad_dtype", "state_dtype", "kahan_sum", "skip_nonfinite", "foreach", "fused"),
     *("ns_steps", "adjust_lr_fn", "orthogonalize_embeddings"),
 )
 

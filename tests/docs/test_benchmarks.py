@@ -85,7 +85,7 @@ def test_step_time_without_muon(monkeypatch):
 
 def test_sharded_step_runs():
     output = launch(2, BENCHMARKS / "sharded_step.py", "--layers", 1, "--width", 8, "--steps", 1)
-    assert rows_of(output) == 4, output
+    assert rows_of(output) == 10, output
 
 
 def test_every_benchmark_is_run():

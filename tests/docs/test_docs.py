@@ -151,7 +151,7 @@ def draw(arguments):
     log = [{"step": 1, "loss": 2.0, **{key: 0.5 for _, lines in plot.PANELS for key in lines}}]
     state = json.dumps({"global_step": 1, "log_history": log})
     for output_dir in itertools.takewhile(lambda argument: not argument.startswith("-"), arguments):
-        Path(output_dir).mkdir(parents=True)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         (Path(output_dir) / "trainer_state.json").write_text(state)
     plot.main(list(arguments))
 

@@ -3,8 +3,8 @@
 Usage: engine_worker.py PLAN.json, with "engine" ("ddp", "fsdp2" or "deepspeed"), "processes", "folder" (each run gets
 one in it), "model" (where to load it from), "results" (a file) and "runs". A run has "name", "settings"
 (TrainingArguments) and where wanted "trainer" (one of TRAINERS), "resume" (a checkpoint), "lora" (true) and "die_at"
-(a step at whose start the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the whole
-weights, each rank's keys of the optimizer state and what a model card says of the optimizer.
+(a step at whose start the last rank kills itself). Rank 0 saves of every run the losses, the number of steps, the
+whole weights, each rank's keys of the optimizer state and the model card's words about the optimizer.
 """
 
 import contextlib

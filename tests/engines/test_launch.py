@@ -99,8 +99,11 @@ def test_the_slurm_script(tmp_path):
 
 RUN = [
     *("--optim", "mars_shampoo", "--learning_rate", "0.02", "--max_steps", "6", "--logging_steps", "1"),
-    *("--max_eval_samples", "5", "--save_strategy", "no", "--report_to", "none", "--vocab_size", "300", "--use_cpu"),
+    *("--max_eval_samples", "5", "--save_strategy", "no", "--report_to", "none", "--use_cpu"),
     *("--disable_tqdm", "true"),  # then logs are printed line by line
+]
+NEW_MODEL = [
+    *("--vocab_size", "300"),
     # Without dropout: processes draw different masks.
     "--config_overrides",
     "n_layer=1,n_head=2,n_embd=32,n_positions=32,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
@@ -113,15 +116,15 @@ def one_process(tmp_path_factory):
     """The output folder of the run on one process."""
     output_dir = tmp_path_factory.mktemp("one") / "out"
     batch = ["--per_device_train_batch_size", str(TOTAL_BATCH), "--per_device_eval_batch_size", str(TOTAL_BATCH)]
-    run_clm.main([*RUN, *batch, "--output_dir", str(output_dir), *QUIET])
+    run_clm.main([*RUN, *NEW_MODEL, *batch, "--output_dir", str(output_dir), *QUIET])
     return output_dir
 
 
-def accelerate_launch(*arguments, processes, output_dir):
-    """`accelerate launch … run_clm.py …` with RUN and the total batch shared out to `processes`."""
+def accelerate_launch(*arguments, processes, output_dir, model=NEW_MODEL):
+    """`accelerate launch … run_clm.py …` with RUN, the model and the total batch shared out to `processes`."""
     per_device = ["--per_device_train_batch_size", str(TOTAL_BATCH // processes), "--per_device_eval_batch_size", "2"]
     launch = [str(Path(sys.executable).parent / "accelerate"), "launch", *arguments]
-    return [*launch, str(ROOT / "run_clm.py"), *RUN, *per_device, "--output_dir", str(output_dir)]
+    return [*launch, str(ROOT / "run_clm.py"), *RUN, *model, *per_device, "--output_dir", str(output_dir)]
 
 
 def check_same_run(output_dir, expected_dir, printed):
@@ -142,11 +145,11 @@ def test_one_launch_of_two_processes_equals_one_process(one_process, tmp_path):
     check_same_run(tmp_path / "out", one_process, printed)
 
 
-def deepspeed_launch(config, *arguments):
+def deepspeed_launch(config, *arguments, model=NEW_MODEL):
     """A launch of two processes with a file of docs/launch/ that has DeepSpeed."""
     options = ["--config_file", str(LAUNCH / config), "--num_processes", "2", "--num_machines", "1"]
     options += ["--mixed_precision", "no", "--main_process_port", "0"]
-    launch = [*accelerate_launch(*options, processes=2, output_dir="out"), *arguments]
+    launch = [*accelerate_launch(*options, processes=2, output_dir="out", model=model), *arguments]
     return [({"DS_ACCELERATOR": "cpu"}, launch)]
 
 
@@ -163,10 +166,11 @@ def test_a_launch_with_deepspeed_equals_one_process(one_process, tmp_path):
 @NEEDS_DEEPSPEED
 def test_a_launch_with_stage_3_equals_one_process(one_process, tmp_path):
     """mars_m on a model that is there: a new one gets other weights in shards."""
-    more = ["--optim", "mars_m", "--optim_args", "max_norm=1", "--model_name_or_path", str(one_process)]
+    more = ["--optim", "mars_m", "--optim_args", "max_norm=1"]
+    model = ["--model_name_or_path", str(one_process)]
     batch = ["--per_device_train_batch_size", str(TOTAL_BATCH), "--per_device_eval_batch_size", str(TOTAL_BATCH)]
-    run_clm.main([*RUN, *batch, *more, "--output_dir", str(tmp_path / "one"), *QUIET])
-    (printed,) = run_together(lambda port: deepspeed_launch("zero3_8.yaml", *more), tmp_path)
+    run_clm.main([*RUN, *model, *batch, *more, "--output_dir", str(tmp_path / "one"), *QUIET])
+    (printed,) = run_together(lambda port: deepspeed_launch("zero3_8.yaml", *more, model=model), tmp_path)
     check_same_run(tmp_path / "out", tmp_path / "one", printed)
 
 

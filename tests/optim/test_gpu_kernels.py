@@ -106,13 +106,18 @@ def test_rounding_of_the_last_grad_cannot_hide_a_clip(method):
 
 
 def test_an_infinite_momentum_has_a_sign():
+    """One that overflowed, from −3e38 towards 3e38."""
     results = []
     for composed in ({}, COMPOSED):
         (param,) = GPU.params([(3, 2)])
         optimizer = MarsLion([param], lr=0.01, gamma=0.0, max_norm=None, **composed)
-        for value in (1.0, math.inf, 1.0):
+        for value in (-3e38, 3e38):
+            if param in optimizer.state:
+                optimizer.state[param]["exp_avg"].fill_(-3e38)
             param.grad = torch.full_like(param, value)
+            before = param.detach().clone()
             optimizer.step()
+        assert (param < before).all()
         results.append(param.detach().clone())
     assert_equal(*[[result] for result in results])
 
