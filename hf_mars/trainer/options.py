@@ -22,7 +22,7 @@ from ..optim.kernels.cpu import is_compiled
 from ..optim.mars import Mars
 from .arguments import MARS_BETAS, MarsTrainingArguments
 from .defaults import mars_default, transformers_default
-from .engines import check_engine
+from .engines import check_engine, check_model
 from .names import OPTIM_ARGS, VARIANTS, optim_name
 
 logger = logging.get_logger(__name__)
@@ -258,9 +258,11 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         "process_group".
 
     Raises:
-        ValueError: see `checked_settings`; or MarsShampoo is not given the model.
+        ValueError: see `checked_settings` and `engines.check_model`; or MarsShampoo is not given the model.
     """
     optimizer_cls, kwargs = checked_settings(args)
+    if model is not None:
+        check_model(args, model)
     if args.device.type == "cpu" and not is_compiled():
         logger.warning(
             f"the compiled step of hf_mars is missing ({_why_not_compiled()}): steps on CPUs are composed of torch's "

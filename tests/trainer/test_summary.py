@@ -102,7 +102,7 @@ def test_the_repr_is_otherwise_torchs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [None, 2, 3])
+@pytest.mark.parametrize("stage", [None, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_two_processes_show_it_once(stage, tmp_path):
     """Whole tensors are counted, whatever an engine has put in their place: with DDP and ZeRO."""
     (tmp_path / "script.py").write_text(
