@@ -183,6 +183,17 @@ def test_a_state_of_another_shape_is_an_error_and_no_write_beyond_it(execution, 
     assert not calls
 
 
+@EVERY_EXECUTION
+def test_a_tensor_without_elements_counts_its_steps(execution, calls):
+    """Under ZeRO one t is that of many slices, and may be counted with one that is empty on this rank."""
+    params = execution.params([(0, 3), (4, 3)])
+    for i in (slice(0, 2), slice(0, 1)):
+        optimizer = make("mars_adamw", params[i])
+        run_steps(optimizer, params[i], execution.gradients(params[i], 3))
+        assert [state["step"].item() for state in optimizer.state.values()] == [3] * len(params[i])
+    assert len(calls) == 6
+
+
 @EVERY_FUSED
 @EVERY_EXECUTION
 def test_autograd_notices_the_update(execution, method):

@@ -75,8 +75,10 @@ def kernel_cases(dtype):
     )
     rest = of_tensor | {"n": "i32"} | numbers("kappa") | known | {"sums_of_c": "*fp64"}
     yield norms.measure_rest, rest, wide | read | lanes | reduced
-    flags = {"CORRECTED": True, "CLIPS": True, "RAISES": True, "IS_ADAMW": True}
-    yield norms.prepare, of_tensor | rates | known | sums | results | floats("flag"), wide | reduced | flags
+    yield norms.add_blocks, of_tensor | {"sums": "*fp64", "totals": "*fp64"}, reduced
+    for spread in (False, True):
+        flags = {"CORRECTED": True, "CLIPS": True, "SPREAD": spread, "RAISES": True, "IS_ADAMW": True}
+        yield norms.prepare, of_tensor | rates | known | sums | results | floats("flag"), wide | reduced | flags
     for is_adamw in (True, False):
         compensated = dtype == tl.bfloat16
         flags = {"CORRECTED": True, "KEEPS_LAST_GRAD": True, "CLIPS": True, "IS_ADAMW": is_adamw}

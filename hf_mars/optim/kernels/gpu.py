@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ..batch import Batch
 from ..host import is_captured
 from ..last_grad import LastNorms
 from ..precision import needs_wide_copies
-from ..sharding import all_ranks_can, is_one_of_several
+from ..sharding import Ranks, add_up, all_ranks_can, is_one_of_several
 from ..skipping import Skip
 from .launch import Kernels, Launch, launches_of
 from .launch import divide as divide_by_launch
@@ -111,20 +111,39 @@ def split(batch: Batch) -> tuple[Batch | None, Batch | None, str | None]:
     why_not = _why_not(batch)
     if why_not is not None:
         return None, batch, why_not
-    plan = plan_of(batch)
-    if plan.why_not is not None:
-        return None, batch, plan.why_not
     device = batch.params[0].device
-    runs_here = kernels_for(device) is not None
-    groups = [] if batch.replicas is None else [batch.replicas]
-    # Kernels and composition differ by rounding: replicas that take different ones drift apart.
-    if not all_ranks_can("Triton kernels", runs_here, groups, device):
-        where = "on another rank (a warning there says why)" if runs_here else "there (a warning says why)"
-        return None, batch, f"Triton does not work {where}"
+    ranks = _ranks_that_agree(batch)
+    if ranks:  # which are asked before anything is looked at that is this process's alone
+        why_not = _why_not_there(device, ranks)
+    plan = plan_of(batch)
+    why_not = why_not or plan.why_not or _why_not_there(device)
+    if why_not is not None:
+        return None, batch, why_not
     if not plan.left:
         return batch, None, None
     why_not = f"of {len(plan.left)} parameters not all tensors lie in memory alike and without gaps"
-    return (batch.subset(plan.taken) if plan.taken else None), batch.subset(plan.left), why_not
+    if not plan.taken or _needs_an_exchange(batch):
+        return None, batch, why_not
+    return batch.subset(plan.taken), batch.subset(plan.left), why_not
+
+
+def _ranks_that_agree(batch: Batch) -> list[Ranks]:
+    """Groups of ranks that exchange norms, or that hold the same parameters: kernels and composition differ by
+    rounding, and replicas that take different ones drift apart."""
+    replicas = [] if batch.replicas is None else [batch.replicas]
+    return [*replicas, *dict.fromkeys(ranks for part in batch.parts for ranks in part.ranks)]
+
+
+def _why_not_there(device: torch.device, ranks: Iterable[Ranks] = ()) -> str | None:
+    runs_here = kernels_for(device) is not None
+    if all_ranks_can("Triton kernels", runs_here, ranks, device):
+        return None
+    where = "on another rank (a warning there says why)" if runs_here else "there (a warning says why)"
+    return f"Triton does not work {where}"
+
+
+def _needs_an_exchange(batch: Batch) -> bool:
+    return not batch.is_whole and batch.group["max_norm"] is not None
 
 
 def _why_not(batch: Batch) -> str | None:
@@ -139,8 +158,6 @@ def _why_not(batch: Batch) -> str | None:
     is_plain_adamw = group["update"] == "adamw" and batch.previous_grads is None and group["max_norm"] is None
     if is_plain_adamw and not needs_wide_copies(batch.params[0].dtype, group):
         return "plain AdamW has a fused one there"
-    if not batch.is_whole:
-        return "parameters are sharded"
     if is_captured(batch.params[0]):  # replayed, a graph would find other values where its table of addresses was
         return "a CUDA graph is captured"
     return None
@@ -151,6 +168,7 @@ def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[Lau
     kernels = kernels_for(batches[0].params[0].device)
     assert kernels is not None
     launches = launches_of(kernels, batches, last_norms)
+    squares = _squares_of_wholes([launch for launch in launches if launch.is_spread], batches)
     flags: dict[torch.device, Tensor] = {}
     for launch in launches:
         flag = None
@@ -158,10 +176,26 @@ def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[Lau
             if launch.device not in flags:  # one per device
                 flags[launch.device] = torch.zeros((), dtype=torch.float32, device=launch.device)
             flag = flags[launch.device]
-        launch.measure(flag)
+        launch.measure(flag, squares.get(launch))
     for flag in flags.values():
         skip.add_flag(flag)
     return launches
+
+
+def _squares_of_wholes(launches: list[Launch], batches: list[Batch]) -> dict[Launch, Tensor]:
+    """Σ c² of the tensors of launches whose tensors are spread over ranks, with one exchange between ranks.
+
+    Which tensors are launched together may depend on the rank; the order in which sums are added up does not.
+    """
+    own: dict[tuple[int, int], Tensor] = {}
+    for launch in launches:
+        places = [(id(batch), i) for batch, i in launch.places]
+        own.update(zip(places, launch.squares().unbind(), strict=True))
+    chosen = [batch for batch in batches if _needs_an_exchange(batch)]
+    order = [(id(batch), i) for batch in chosen for i in range(len(batch.params))]
+    sums = add_up([own[place] for place in order], [part for batch in chosen for part in batch.parts])
+    wholes = dict(zip(order, sums, strict=True))
+    return {launch: torch.stack([wholes[id(batch), i] for batch, i in launch.places]) for launch in launches}
 
 
 def step(batches: list[Batch], measured: list[Launch], last_norms: LastNorms, skip: Skip) -> None:

@@ -54,7 +54,7 @@ def _key(batch: Batch, plan: Plan) -> tuple:
     group = batch.group
     settings = (group["update"], batch.form, batch.previous_grads is None, group["gamma"], *group["betas"])
     rates = (group["lr"], group["weight_decay"], group["eps"], group["max_norm"], batch.lr, group["skip_nonfinite"])
-    return batch.params[0].device, *settings, *rates, *plan.dtypes.items()
+    return batch.params[0].device, batch.is_whole, *settings, *rates, *plan.dtypes.items()
 
 
 class Launch:
@@ -77,6 +77,9 @@ class Launch:
         self.group, self.device = group, table.device
         *self._numbers, self._max_norm = _bits((*numbers, max_norm or 0.0))
         self._is_corrected, self._clips = batch.previous_grads is not None, max_norm is not None
+        # Norms are of wholes, and a rank has parts: of ‖g_{t−1}‖ of a part nothing follows.
+        self.is_spread = self._clips and not batch.is_whole
+        self._bounds = self._clips and batch.is_whole
         self._is_adamw, self._is_compensated = "V" in plan.dtypes, "COMPENSATION" in plan.dtypes
         self._keeps_last_grad = batch.form is Form.APPROX
         self._types = {f"{name}_DTYPE": _triton_dtype(dtype) for name, dtype in plan.dtypes.items()}
@@ -95,28 +98,54 @@ class Launch:
         self._last_grads: list[Tensor] = []
         if self._keeps_last_grad and self._is_corrected:
             self._last_grads = self._tensors("previous_grads")
-            if self._clips and table.blocks:
+            if self._bounds:
                 self._known = last_norms.take_vector(self._last_grads, stream)
                 self._norms_of_g = torch.empty(n, dtype=wide, device=table.device)
 
-    def measure(self, flag: Tensor | None) -> None:
-        """Norms and what follows of them for each tensor; raises `flag`, if there is one, where c_t is not finite."""
+    @property
+    def places(self) -> list[tuple[Batch, int]]:
+        """Of each tensor, its batch and its place in it."""
+        return [(self._batches[b], i) for b, i in self._table.places]
+
+    def squares(self) -> Tensor:
+        """Σ c² of this process's part of each tensor, in float64: where `is_spread`, for `measure`."""
+        table = self._table
+        totals = torch.empty(len(table.places), dtype=torch.float64, device=table.device)
+        with torch.cuda.device_of(table.table):
+            self._measure_blocks(torch.full_like(self._norms_of_g, torch.nan))
+            self._kernels.norms.add_blocks[(len(table.places),)](
+                *(table.table, table.stride, self._sums[self._is_corrected], totals), REDUCED=REDUCED
+            )
+        return totals
+
+    def _measure_blocks(self, prev_norms: Tensor) -> None:
+        table = self._table
+        kappa, *_ = self._numbers
+        self._kernels.norms.measure[(table.blocks,)](
+            *(table.table, table.tensor_of_block, table.stride, kappa, self._max_norm, prev_norms, *self._sums),
+            CORRECTED=self._is_corrected,
+            **self._wide,
+            **self._read,
+            **self._lanes,
+        )
+
+    def measure(self, flag: Tensor | None, squares: Tensor | None = None) -> None:
+        """Norms and what follows of them for each tensor; raises `flag`, if there is one, where c_t is not finite.
+
+        Args:
+            flag: a float32 number on the device, or None.
+            squares: where `is_spread`, Σ c² of every whole tensor.
+        """
         norms, table, n = self._kernels.norms, self._table, len(self._table.places)
-        of_block = (table.table, table.tensor_of_block, table.stride)
         of_tensor = (table.table, table.stride)
         kappa, beta1, beta2, _, _, lr, _ = self._numbers
+        sums = self._sums if squares is None else [squares, squares]
         with torch.cuda.device_of(table.table):
-            if self._clips and table.blocks:
+            if self._clips and squares is None:
                 prev_norms = self._known
                 if prev_norms is None:
                     prev_norms = torch.full_like(self._norms_of_g, torch.nan)
-                norms.measure[(table.blocks,)](
-                    *(*of_block, kappa, self._max_norm, prev_norms, *self._sums),
-                    CORRECTED=self._is_corrected,
-                    **self._wide,
-                    **self._read,
-                    **self._lanes,
-                )
+                self._measure_blocks(prev_norms)
                 if self._is_corrected:
                     norms.judge[(n,)](
                         *(*of_tensor, kappa, self._max_norm, prev_norms, self._knowledge, self._sums[0]),
@@ -134,10 +163,11 @@ class Launch:
                     )
             if self._clips or self._is_adamw:
                 norms.prepare[(n,)](
-                    *(*of_tensor, beta1, beta2, lr, self._max_norm, self._knowledge, *self._sums, *self._results),
+                    *(*of_tensor, beta1, beta2, lr, self._max_norm, self._knowledge, *sums, *self._results),
                     table.zero if flag is None else flag,
                     CORRECTED=self._is_corrected,
                     CLIPS=self._clips,
+                    SPREAD=squares is not None,
                     RAISES=flag is not None,
                     IS_ADAMW=self._is_adamw,
                     REDUCED=REDUCED,
@@ -147,30 +177,29 @@ class Launch:
     def update(self, flag: Tensor | None) -> None:
         """The update of all tensors, unless `flag` is raised."""
         table = self._table
-        if table.blocks:
-            with torch.cuda.device_of(table.table):
-                self._kernels.update.update[(table.blocks,)](
-                    *(table.table, table.tensor_of_block, table.stride, *self._numbers, *self._results),
-                    table.zero if flag is None else flag,
-                    self._norms_of_g,
-                    X_DTYPE=self._types["X_DTYPE"],
-                    M_DTYPE=self._types["M_DTYPE"],
-                    V_DTYPE=self._types.get("V_DTYPE", self._types["M_DTYPE"]),
-                    CORRECTED=self._is_corrected,
-                    KEEPS_LAST_GRAD=self._keeps_last_grad,
-                    CLIPS=self._clips,
-                    IS_ADAMW=self._is_adamw,
-                    COMPENSATED=self._is_compensated,
-                    **self._wide,
-                    **self._read,
-                    **self._lanes,
-                )
+        with torch.cuda.device_of(table.table):
+            self._kernels.update.update[(table.blocks,)](
+                *(table.table, table.tensor_of_block, table.stride, *self._numbers, *self._results),
+                table.zero if flag is None else flag,
+                self._norms_of_g,
+                X_DTYPE=self._types["X_DTYPE"],
+                M_DTYPE=self._types["M_DTYPE"],
+                V_DTYPE=self._types.get("V_DTYPE", self._types["M_DTYPE"]),
+                CORRECTED=self._is_corrected,
+                KEEPS_LAST_GRAD=self._keeps_last_grad,
+                CLIPS=self._clips,
+                IS_ADAMW=self._is_adamw,
+                COMPENSATED=self._is_compensated,
+                **self._wide,
+                **self._read,
+                **self._lanes,
+            )
         # They were changed behind autograd's back.
         torch.autograd.graph.increment_version([*self._tensors("params"), *self._last_grads])
 
     def remember(self, last_norms: LastNorms) -> None:
         """‖g_t‖₂, which will be those of g_{t−1}."""
-        if self._last_grads and self._clips and self._table.blocks:
+        if self._last_grads and self._bounds:
             last_norms.remember_vector(self._last_grads, self._norms_of_g, self._stream)
 
     def _tensors(self, name: str) -> list[Tensor]:
@@ -187,15 +216,14 @@ def divide(kernels: Kernels, tensors: list[Tensor], divisors: Tensor) -> None:
     is_aligned = not any(address % ALIGNMENT for address in addresses)
     with torch.cuda.device_of(tensors[0]):
         table = Table([t.numel() for t in tensors], {"X": addresses}, is_aligned, device)
-        if table.blocks:
-            kernels.norms.divide[(table.blocks,)](
-                *(table.table, table.tensor_of_block, table.stride, divisors),
-                DTYPE=_triton_dtype(tensors[0].dtype),
-                WIDE=_triton_dtype(torch.promote_types(tensors[0].dtype, torch.float32)),
-                ALIGNED=is_aligned,
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
+        kernels.norms.divide[(table.blocks,)](
+            *(table.table, table.tensor_of_block, table.stride, divisors),
+            DTYPE=_triton_dtype(tensors[0].dtype),
+            WIDE=_triton_dtype(torch.promote_types(tensors[0].dtype, torch.float32)),
+            ALIGNED=is_aligned,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
     torch.autograd.graph.increment_version(tensors)
 
 

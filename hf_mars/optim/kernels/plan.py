@@ -201,7 +201,8 @@ class Table:
         self.is_aligned, self.device = is_aligned, device
         self.places: list[tuple[int, int]] = []
         self.is_everything = True
-        first_blocks = [0, *itertools.accumulate(-(-size // BLOCK) for size in sizes)]
+        # A tensor without elements has a block, too, which counts its steps.
+        first_blocks = [0, *itertools.accumulate(max(1, -(-size // BLOCK)) for size in sizes)]
         self.blocks, n = first_blocks[-1], len(sizes)
         self.stride = n + 2 - n % 2  # with room for first_blocks, and rows aligned to 16 bytes
         data = array("q")
