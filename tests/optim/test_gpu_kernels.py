@@ -3,6 +3,7 @@
 They need a GPU, or TRITON_INTERPRET=1, with which test_triton.py runs this file where there is none.
 """
 
+import copy
 import math
 import sys
 import weakref
@@ -13,8 +14,7 @@ from helpers import assert_close, assert_equal, make, run_steps, values
 from kernel_helpers import COMPOSED, EVERY_FUSED, EXECUTIONS, NEEDS_GPU, assert_mostly_close, gpu, short_and_clipped
 
 from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
-from hf_mars.optim.kernels import launch, trial
-from hf_mars.optim.kernels.plan import Table
+from hf_mars.optim.kernels import launch, plan, trial
 from hf_mars.optim.last_grad import LastNorms
 
 pytestmark = NEEDS_GPU
@@ -187,33 +187,46 @@ def test_groups_with_equal_settings_are_launched_together(method, monkeypatch):
 
 
 def test_nothing_is_uploaded_where_nothing_has_moved(monkeypatch):
-    """Nor where learning rates change; a gradient elsewhere, another set of gradients and new states are noticed."""
+    """Nor where learning rates change. Of gradients that lie elsewhere their addresses alone are; another set of
+    gradients, new states and parameters elsewhere are noticed."""
     gpu.kernels_for(torch.device(DEVICE))
-    made, init = [], Table.__init__
-    monkeypatch.setattr(Table, "__init__", lambda self, *args: (made.append(1), init(self, *args))[1])
-    params = GPU.params([(4, 3), (3, 5)])
-    optimizer = make("mars_adamw", params)
+    uploaded, on_host = [], plan._on_host
+    monkeypatch.setattr(plan, "_on_host", lambda data, *args: (uploaded.append(len(data)), on_host(data, *args))[1])
+    params, wide = GPU.params([(4, 3), (3, 5)]), GPU.params([(4, 3), (3, 5)])
+    optimizer, composed = make("mars_adamw", params), make("mars_adamw", wide, **COMPOSED)
+
+    def step():
+        uploaded.clear()
+        for param, other in zip(params, wide, strict=True):
+            other.grad = param.grad
+        optimizer.step()
+        composed.step()
+        assert_close(params, wide, 1e-5)
+        return list(uploaded)
+
+    whole_table = [9 * 4]  # of two tensors
     for param in params:
         param.grad = torch.ones_like(param)
-    for lr, tables in ((1e-3, 1), (2e-3, 1), (0.0, 1)):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        assert len(made) == tables
-    params[0].grad, kept = torch.ones_like(params[0]), params[0].grad
-    optimizer.step()
-    assert len(made) == 2
+    for lr, expected in ((1e-3, whole_table), (2e-3, []), (0.0, [])):
+        for each in (optimizer, composed):
+            each.param_groups[0]["lr"] = lr
+        assert step() == expected
+    kept, params[0].grad = params[0].grad, 2 * torch.ones_like(params[0])
+    assert step() == [2]
+    assert step() == []
     params[0].grad = None
-    optimizer.step()
-    assert len(made) == 3
+    assert step() == [9 * 2]  # of one
     params[0].grad = kept
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.step()
-    assert len(made) == 4
+    assert step() == [2]
+    for each in (optimizer, composed):
+        each.load_state_dict(copy.deepcopy(each.state_dict()))
+    assert step() == whole_table
     params[1].data = params[1].data.clone()
-    optimizer.step()
-    assert len(made) == 5
-    optimizer.step()
-    assert len(made) == 5
+    assert step() == whole_table
+    assert step() == []
+    unaligned = torch.ones(16, device=DEVICE)[1:].view(3, 5)
+    params[1].grad = unaligned
+    assert step() == [9 * 2] * 2  # a table of what is aligned, and one of the rest
 
 
 @pytest.mark.parametrize("settings", [{}, {"gamma": 0.0}, {"exact": True}], ids=str)

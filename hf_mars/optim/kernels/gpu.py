@@ -93,9 +93,10 @@ def _tried(kernels: Kernels, device: torch.device) -> Kernels:
     from .trial import trial_batch, what_differs  # with the composition's formulas, which only this needs
 
     batch, expected = trial_batch(device, BLOCK)
-    for launch in launches_of(kernels, [batch], LastNorms()):
+    last_norms = LastNorms()
+    for launch in launches_of(kernels, [batch], last_norms):
         launch.measure(None)
-        launch.update(None)
+        launch.update(None, last_norms)
     differs = what_differs(batch, expected)
     if differs is not None:
         raise ArithmeticError(f"they compute another {differs} than torch's kernels do")
@@ -131,6 +132,8 @@ def _ranks_that_agree(batch: Batch) -> list[Ranks]:
     """Groups of ranks that exchange norms, or that hold the same parameters: kernels and composition differ by
     rounding, and replicas that take different ones drift apart."""
     replicas = [] if batch.replicas is None else [batch.replicas]
+    if batch.is_whole:
+        return replicas
     return [*replicas, *dict.fromkeys(ranks for part in batch.parts for ranks in part.ranks)]
 
 
@@ -187,6 +190,8 @@ def _squares_of_wholes(launches: list[Launch], batches: list[Batch]) -> dict[Lau
 
     Which tensors are launched together may depend on the rank; the order in which sums are added up does not.
     """
+    if not launches:
+        return {}
     own: dict[tuple[int, int], Tensor] = {}
     for launch in launches:
         places = [(id(batch), i) for batch, i in launch.places]
@@ -201,8 +206,7 @@ def _squares_of_wholes(launches: list[Launch], batches: list[Batch]) -> dict[Lau
 def step(batches: list[Batch], measured: list[Launch], last_norms: LastNorms, skip: Skip) -> None:
     """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; see `execution.Execution`."""
     for launch in measured:
-        launch.update(skip.flag(launch.device))
-        launch.remember(last_norms)
+        launch.update(skip.flag(launch.device), last_norms)
 
 
 def divides(tensors: list[Tensor]) -> bool:
