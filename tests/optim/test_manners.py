@@ -126,7 +126,7 @@ def imported_modules(file):
             yield "." * node.level + (node.module or "")
 
 
-TRITON = ("launch.py", "triton_common.py", "triton_norms.py", "triton_update.py")
+TRITON = ("launch.py", *(f"triton_{name}.py" for name in ("common", "matrices", "norms", "update")))
 
 
 def test_only_torch_is_imported():

@@ -1,4 +1,4 @@
-"""MARS-AdamW's and MARS-Lion's step on GPUs in two passes over memory (`triton_norms.py`, `triton_update.py`).
+"""The step on GPUs in two passes over memory (`triton_norms.py`, `triton_update.py`; `matrices.py` for MARS-Shampoo).
 
 Correction, clip, moving averages, update and the copy of g_t at once, for all parameters with equal settings. As on
 CPUs, the first pass reads g_t alone where ‖g_t‖ and the known ‖g_{t−1}‖ bound ‖c_t‖ well below max_norm; the device
@@ -28,9 +28,10 @@ from ..last_grad import LastNorms
 from ..precision import needs_wide_copies
 from ..sharding import Ranks, add_up, all_ranks_can, is_one_of_several
 from ..skipping import Skip
-from .launch import Kernels, Launch, launches_of
+from .launch import Kernels, Launch, operands_of
 from .launch import divide as divide_by_launch
-from .plan import BLOCK, DTYPES, plan_of
+from .matrices import MatrixLaunch
+from .plan import BLOCK, DTYPES, Plan, plan_of, tables_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,10 @@ def kernels_for(device: torch.device) -> Kernels | None:
         if device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.synchronize(device)  # an error of earlier work shows here, where nobody takes it for Triton's
         try:
-            from . import triton_norms, triton_update  # here: importing Triton takes time, and CPUs do not need it
+            # Here: importing Triton takes time, and CPUs do not need it.
+            from . import triton_matrices, triton_norms, triton_update
 
-            kernels: Kernels | None = _tried(Kernels(triton_norms, triton_update), device)
+            kernels: Kernels | None = _tried(Kernels(triton_norms, triton_update, triton_matrices), device)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, no C compiler for its launchers, a GPU that it does not support, …
@@ -89,15 +91,24 @@ def _host_may_wait(device: torch.device) -> Iterator[None]:
 
 
 def _tried(kernels: Kernels, device: torch.device) -> Kernels:
-    """The same. Raise an ArithmeticError unless they take a step of two tensors, one clipped, as torch does."""
-    from .trial import trial_batch, what_differs  # with the composition's formulas, which only this needs
+    """The same. Raise an ArithmeticError unless they take a step of two tensors, one clipped, as torch does.
+
+    MARS-Shampoo's with given updates: what Newton–Schulz makes of two roundings may be further apart than they are.
+    """
+    from .trial import trial_batch, trial_of_matrices, what_differs  # with formulas that only this needs
 
     batch, expected = trial_batch(device, BLOCK)
+    matrices, expected_of_matrices, updates = trial_of_matrices(device, BLOCK)
     last_norms = LastNorms()
-    for launch in launches_of(kernels, [batch], last_norms):
+    for launch in _launches_of(kernels, [batch, matrices], last_norms):
         launch.measure(None)
-        launch.update(None, last_norms)
-    differs = what_differs(batch, expected)
+        if isinstance(launch, MatrixLaunch):
+            (run,) = launch.runs()
+            launch.momentum(run, None)
+            launch.move(run, updates, None)
+        else:
+            launch.update(None, last_norms)
+    differs = what_differs(batch, expected) or what_differs(matrices, expected_of_matrices)
     if differs is not None:
         raise ArithmeticError(f"they compute another {differs} than torch's kernels do")
     return kernels
@@ -152,8 +163,8 @@ def _needs_an_exchange(batch: Batch) -> bool:
 def _why_not(batch: Batch) -> str | None:
     """Why `step` takes nothing of a batch, as far as its settings and device say."""
     group = batch.group
-    if group["update"] not in ("adamw", "lion"):
-        return "kernels are for MARS-AdamW and MARS-Lion"
+    if group["update"] == "shampoo" and (why_not := _why_not_matrices(batch)) is not None:
+        return why_not
     if group["foreach"] is not None or not group["fused"]:
         return f"foreach={group['foreach']}, fused={group['fused']}"
     if isinstance(group["lr"], Tensor):
@@ -166,11 +177,19 @@ def _why_not(batch: Batch) -> str | None:
     return None
 
 
+def _why_not_matrices(batch: Batch) -> str | None:
+    if batch.group["ns_steps"] is None:
+        return "ns_steps=None"
+    if not batch.is_whole or (batch.replicas is not None and batch.replicas.size() > 1):
+        return "matrices are shared out among ranks"
+    return None
+
+
 def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[Launch]:
     """The clip's norms, which also say whether a gradient is not finite; see `execution.Execution`."""
     kernels = kernels_for(batches[0].params[0].device)
     assert kernels is not None
-    launches = launches_of(kernels, batches, last_norms)
+    launches = _launches_of(kernels, batches, last_norms)
     squares = _squares_of_wholes([launch for launch in launches if launch.is_spread], batches)
     flags: dict[torch.device, Tensor] = {}
     for launch in launches:
@@ -207,6 +226,32 @@ def step(batches: list[Batch], measured: list[Launch], last_norms: LastNorms, sk
     """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; see `execution.Execution`."""
     for launch in measured:
         launch.update(skip.flag(launch.device), last_norms)
+
+
+def _launches_of(kernels: Kernels, batches: list[Batch], last_norms: LastNorms) -> list[Launch]:
+    """Those that update `batches`: those of equal settings together. Takes the known ‖g_{t−1}‖ of them."""
+    together: dict[tuple, list[Batch]] = {}
+    for batch in batches:
+        together.setdefault(_key(batch, batch.plan or plan_of(batch)), []).append(batch)
+    launches = []
+    for some in together.values():
+        plans = tuple(batch.plan for batch in some)
+        device = some[0].params[0].device
+        kind = MatrixLaunch if some[0].group["update"] == "shampoo" else Launch
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        for table in tables_of(plans, stream, device):
+            operands = operands_of(table, some[0], plans[0])
+            launches.append(kind(kernels, some, operands, last_norms, stream))
+    return launches
+
+
+def _key(batch: Batch, plan: Plan) -> tuple:
+    """Equal for batches that the same launches can update."""
+    group = batch.group
+    settings = (group["update"], batch.form, batch.previous_grads is None, group["gamma"], *group["betas"])
+    rates = (group["lr"], group["weight_decay"], group["eps"], group["max_norm"], batch.lr, group["skip_nonfinite"])
+    matrices = (group["layout"], group["ns_steps"], group["adjust_lr_fn"]) if group["update"] == "shampoo" else ()
+    return batch.params[0].device, batch.is_whole, settings, rates, matrices, *plan.dtypes.items()
 
 
 def divides(tensors: list[Tensor]) -> bool:

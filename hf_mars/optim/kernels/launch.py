@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..form import Form
 from ..last_grad import LastNorms
-from .plan import ALIGNMENT, BLOCK, DTYPES, Plan, Table, plan_of, tables_of
+from .plan import ALIGNMENT, BLOCK, DTYPES, Plan, Table
 
 # Of a launch. Products are not fused with sums, so that they are rounded as torch's kernels round them; the kernels
 # wait for memory, and lose no time by it.
@@ -30,29 +30,7 @@ class Kernels:
 
     norms: ModuleType
     update: ModuleType
-
-
-def launches_of(kernels: Kernels, batches: list[Batch], last_norms: LastNorms) -> list[Launch]:
-    """Those that update `batches`: those of equal settings together. Takes the known ‖g_{t−1}‖ of them."""
-    together: dict[tuple, list[Batch]] = {}
-    for batch in batches:
-        together.setdefault(_key(batch, batch.plan or plan_of(batch)), []).append(batch)
-    launches = []
-    for some in together.values():
-        plans = tuple(batch.plan for batch in some)
-        device = some[0].params[0].device
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        for table in tables_of(plans, stream, device):
-            launches.append(Launch(kernels, some, _operands_of(table, some[0], plans[0]), last_norms, stream))
-    return launches
-
-
-def _key(batch: Batch, plan: Plan) -> tuple:
-    """Equal for batches that the same launches can update."""
-    group = batch.group
-    settings = (group["update"], batch.form, batch.previous_grads is None, group["gamma"], *group["betas"])
-    rates = (group["lr"], group["weight_decay"], group["eps"], group["max_norm"], batch.lr, group["skip_nonfinite"])
-    return batch.params[0].device, batch.is_whole, settings, rates, *plan.dtypes.items()
+    matrices: ModuleType
 
 
 class Operands:
@@ -64,6 +42,7 @@ class Operands:
         self.of_tensor = table.table, table.stride
         self.of_block = table.table, table.tensor_of_block, table.stride
         self.n = n = len(table.places)
+        self.runs: list | None = None  # see matrices.py
         self.wide_dtype = wide = torch.promote_types(plan.dtypes["X"], torch.float32)
 
         def memory(size: int, dtype: torch.dtype) -> Tensor:
@@ -91,7 +70,7 @@ class Operands:
         }
 
 
-def _operands_of(table: Table, batch: Batch, plan: Plan) -> Operands:
+def operands_of(table: Table, batch: Batch, plan: Plan) -> Operands:
     key = batch.previous_grads is not None, batch.form is Form.APPROX, batch.group["max_norm"] is not None
     if table.operands[0] != key:
         table.operands = key, Operands(table, *key, plan)
@@ -99,28 +78,37 @@ def _operands_of(table: Table, batch: Batch, plan: Plan) -> Operands:
 
 
 class Launch:
-    """The launches of one step for batches with equal settings."""
+    """The launches of one step for batches with equal settings.
+
+    Attributes:
+        kernels, operands: what is launched, and what it is given in every step.
+        group: the first param_group.
+        device: of the tensors.
+        numbers: κ, β1, β2, ε, γ, η, 1 − ηλ, as kernels take them.
+        norms_of_g: ‖g_t‖₂, of the dtype that is computed in; of no use without the clip.
+        is_spread: norms take an exchange between ranks.
+    """
 
     def __init__(self, kernels: Kernels, batches: list[Batch], operands: Operands, last_norms: LastNorms, stream: int):
         batch, group = batches[0], batches[0].group
         beta1, beta2 = group["betas"]
         lr, max_norm = batch.lr, group["max_norm"]
         numbers = (batch.kappa, beta1, beta2, group["eps"], batch.momentum_gamma, lr, 1 - lr * batch.weight_decay)
-        self._kernels, self._batches, self._operands, self._stream = kernels, batches, operands, stream
+        self.kernels, self._batches, self.operands, self._stream = kernels, batches, operands, stream
         self._table = table = operands.table
         self.group, self.device = group, table.device
-        *self._numbers, self._max_norm = _bits((*numbers, max_norm or 0.0))
+        *self.numbers, self._max_norm = bits((*numbers, max_norm or 0.0))
         # Norms are of wholes, and a rank has parts: of ‖g_{t−1}‖ of a part nothing follows.
         self.is_spread = operands.clips and not batch.is_whole
         self._bounds = operands.clips and batch.is_whole
-        self._norms_of_g = operands.norms_of_g
+        self.norms_of_g = operands.norms_of_g
         self._known: Tensor | None = None
         self._last_grads: list[Tensor] = []
         if operands.keeps_last_grad and operands.is_corrected:
             self._last_grads = self._tensors("previous_grads")
             if self._bounds:
                 self._known = last_norms.take_vector(self._last_grads, stream)
-                self._norms_of_g = torch.empty_like(operands.norms_of_g)
+                self.norms_of_g = torch.empty_like(operands.norms_of_g)
 
     @property
     def places(self) -> list[tuple[Batch, int]]:
@@ -129,18 +117,18 @@ class Launch:
 
     def squares(self) -> Tensor:
         """Σ c² of this process's part of each tensor, in float64: where `is_spread`, for `measure`."""
-        operands = self._operands
+        operands = self.operands
         totals = torch.empty(operands.n, dtype=torch.float64, device=self.device)
         with torch.cuda.device_of(totals):
-            self._measure_blocks(torch.full_like(self._norms_of_g, torch.nan))
+            self._measure_blocks(torch.full_like(self.norms_of_g, torch.nan))
             sums = operands.sums[operands.is_corrected]
-            self._kernels.norms.add_blocks[(operands.n,)](*operands.of_tensor, sums, totals, REDUCED=REDUCED)
+            self.kernels.norms.add_blocks[(operands.n,)](*operands.of_tensor, sums, totals, REDUCED=REDUCED)
         return totals
 
     def _measure_blocks(self, prev_norms: Tensor) -> None:
-        operands = self._operands
-        kappa, *_ = self._numbers
-        self._kernels.norms.measure[(self._table.blocks,)](
+        operands = self.operands
+        kappa, *_ = self.numbers
+        self.kernels.norms.measure[(self._table.blocks,)](
             *(*operands.of_block, kappa, self._max_norm, prev_norms, *operands.sums),
             CORRECTED=operands.is_corrected,
             **operands.measure,
@@ -153,8 +141,8 @@ class Launch:
             flag: a float32 number on the device, or None.
             squares: where `is_spread`, Σ c² of every whole tensor.
         """
-        norms, table, operands = self._kernels.norms, self._table, self._operands
-        kappa, beta1, beta2, _, _, lr, _ = self._numbers
+        norms, table, operands = self.kernels.norms, self._table, self.operands
+        kappa, beta1, beta2, _, _, lr, _ = self.numbers
         clips, n = operands.clips, operands.n
         if not clips and not operands.is_adamw:
             return
@@ -163,12 +151,12 @@ class Launch:
             if clips and squares is None:
                 prev_norms = self._known
                 if prev_norms is None:
-                    prev_norms = torch.full_like(self._norms_of_g, torch.nan)
+                    prev_norms = torch.full_like(self.norms_of_g, torch.nan)
                 self._measure_blocks(prev_norms)
                 if operands.is_corrected:
                     norms.judge[(n,)](
                         *(*operands.of_tensor, kappa, self._max_norm, prev_norms, operands.knowledge, sums[0]),
-                        self._norms_of_g,
+                        self.norms_of_g,
                         **operands.judge,
                     )
                 if self._known is not None:  # else all have been measured
@@ -190,21 +178,25 @@ class Launch:
             )
 
     def update(self, flag: Tensor | None, last_norms: LastNorms) -> None:
-        """The update of all tensors, unless `flag` is raised; ‖g_t‖₂ is remembered where it was measured."""
-        table, operands = self._table, self._operands
+        """The update of all tensors, unless `flag` is raised."""
+        table, operands = self._table, self.operands
         with torch.cuda.device_of(table.table):
-            self._kernels.update.update[(table.blocks,)](
-                *(*operands.of_block, *self._numbers, *operands.results),
+            self.kernels.update.update[(table.blocks,)](
+                *(*operands.of_block, *self.numbers, *operands.results),
                 table.zero if flag is None else flag,
-                self._norms_of_g,
+                self.norms_of_g,
                 **operands.update,
             )
-        # They were changed behind autograd's back.
+        self.finish(last_norms)
+
+    def finish(self, last_norms: LastNorms) -> None:
+        """What the kernels have changed is known to be, and ‖g_t‖₂ is remembered where it was measured."""
+        # Behind autograd's back.
         torch.autograd.graph.increment_version(self._tensors("params"))
         if self._last_grads and last_norms.is_asked:
             torch.autograd.graph.increment_version(self._last_grads)
         if self._last_grads and self._bounds:
-            last_norms.remember_vector(self._last_grads, self._norms_of_g, self._stream)
+            last_norms.remember_vector(self._last_grads, self.norms_of_g, self._stream)
 
     def _tensors(self, name: str) -> list[Tensor]:
         if self._table.is_everything:
@@ -231,7 +223,7 @@ def divide(kernels: Kernels, tensors: list[Tensor], divisors: Tensor) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
-def _bits(values: Iterable[float]) -> list[int]:
+def bits(values: Iterable[float]) -> list[int]:
     """Floats as integers that kernels make float64 of: float arguments of a kernel would be float32.
 
     Of the negatives: hyperparameters are not negative, and so no value is an int32 here and an int64 there.

@@ -60,6 +60,8 @@ class Plan:
     Attributes:
         why_not: why the kernels take none of them; None if they can.
         taken: places in the batch of those that they take.
+        is_of_matrices: whether those of one shape are to lie next to each other in a table.
+        shapes: of the tensors, in that case.
         left: places of the others, which are strided in ways that no flat memory is.
         dtypes: of each row.
         sizes: elements of each tensor.
@@ -73,6 +75,8 @@ class Plan:
         rows = rows_of(batch)
         self.dtypes = {name: row[0].dtype for name, row in rows.items()}
         self.sizes = list(map(Tensor.numel, batch.params))
+        self.is_of_matrices = batch.group["update"] == "shampoo"
+        self.shapes = [tuple(param.shape) for param in batch.params] if self.is_of_matrices else []
         self.why_not = _why_not(rows, batch)
         flat = [_is_flat([row[i] for name, row in rows.items() if name != "STEP"]) for i in range(len(self.sizes))]
         self.taken = [i for i, is_flat in enumerate(flat) if is_flat]
@@ -207,6 +211,7 @@ class Table:
         places: of each tensor the number of its plan, and its place in that.
         is_aligned: whether all addresses are multiples of 16.
         is_everything: whether these are all tensors of one plan, in order.
+        first_blocks: of each tensor, and the number of all blocks.
         table, tensor_of_block, stride: the kernels' arguments.
         zero: a flag that is never raised.
         operands: of launches, which are kept here between steps.
@@ -229,6 +234,7 @@ class Table:
         self.tensor_of_block = torch.repeat_interleave(counts, output_size=self.blocks).int()
         self.zero = torch.zeros((), dtype=torch.float32, device=device)  # a flag that is not raised
         self.operands: tuple[Any, Any] = None, None
+        self.first_blocks = first_blocks
         self._rows: list[dict[str, list[int]]] = []
         self._moves: list[int] = []
 
@@ -237,10 +243,11 @@ class Table:
         cls, plans: tuple[Plan, ...], places: list[tuple[int, int]], is_aligned: bool, device: torch.device
     ) -> Table:
         """The table of some of the tensors of `plans`."""
-        is_everything = len(plans) == 1 and len(places) == len(plans[0].sizes)
+        is_everything = len(plans) == 1 and places == [(0, i) for i in range(len(plans[0].sizes))]
         sizes = plans[0].sizes if is_everything else [plans[p].sizes[i] for p, i in places]
         addresses = [plan.addresses for plan in plans]
-        table = cls(sizes, {name: _chosen(name, addresses, places) for name in plans[0].addresses}, is_aligned, device)
+        chosen = {name: _chosen(name, addresses, places, is_everything) for name in plans[0].addresses}
+        table = cls(sizes, chosen, is_aligned, device)
         table.places, table.is_everything = places, is_everything
         table._rows, table._moves = list(map(dict, addresses)), [plan.moves for plan in plans]
         return table
@@ -253,15 +260,17 @@ class Table:
         addresses = [plan.addresses for plan in plans]
         for number, name in enumerate(ROWS, start=2):
             if any(new.get(name) is not old.get(name) for new, old in zip(addresses, self._rows, strict=True)):
-                row = array("q", _chosen(name, addresses, self.places))
+                row = array("q", _chosen(name, addresses, self.places, self.is_everything))
                 there = self.table.narrow(0, number * self.stride, len(row))
                 there.copy_(_on_host(row, self.device), non_blocking=True)
         self._rows, self._moves = list(map(dict, addresses)), moves
 
 
-def _chosen(name: str, addresses: list[dict[str, list[int]]], places: list[tuple[int, int]]) -> list[int]:
+def _chosen(
+    name: str, addresses: list[dict[str, list[int]]], places: list[tuple[int, int]], is_everything: bool
+) -> list[int]:
     """A row of a table."""
-    if len(addresses) == 1 and len(places) == len(addresses[0][name]):
+    if is_everything:
         return addresses[0][name]
     return [addresses[p][name][i] for p, i in places]
 
@@ -285,10 +294,12 @@ def tables_of(plans: tuple[Plan, ...], stream: int, device: torch.device) -> lis
             for table in tables:
                 table.follow(plans)
             return tables
+    places = [(p, i) for p, plan in enumerate(plans) for i in plan.taken]
+    if first.is_of_matrices:
+        places.sort(key=lambda place: plans[place[0]].shapes[place[1]])
     by_alignment: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    for p, plan in enumerate(plans):
-        for i in plan.taken:
-            by_alignment[i not in plan.unaligned].append((p, i))
+    for p, i in places:
+        by_alignment[i not in plans[p].unaligned].append((p, i))
     tables = [Table.of_plans(plans, some, aligned, device) for aligned, some in by_alignment.items() if some]
     first.tables = stream, others, unaligned, tables
     return tables
