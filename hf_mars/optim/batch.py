@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .algorithm.correction import relative_update_rms
-from .exact import PreviousPoint
 from .form import Form, form_of_settings, kappa_of
 from .groups import Group
 from .last_grad import keep, keep_unless
@@ -108,6 +107,9 @@ class Batch:
         return replace(self, **{**values, "plan": None})
 
 
+Gradients = Callable[[list[Tensor], list[Part], list[Tensor]], list[Tensor]]
+
+
 class Seen:
     """What has been found out about parameters of a group, and holds as long as nothing has changed.
 
@@ -152,7 +154,7 @@ def collect(
     state: Mapping[Tensor, State],
     forms: dict[Tensor, Form],
     seen: dict[int, Seen],
-    previous_point: PreviousPoint,
+    gradients_at_previous_point: Gradients,
     originals: Originals,
     made: list[Made],
     *,
@@ -166,7 +168,7 @@ def collect(
         state: the optimizer's.
         forms: of each parameter that has a state; brought up to date.
         seen: by the place of a group, what is known of its parameters; brought up to date.
-        previous_point: has the gradients at x_{t−1} of exact groups.
+        gradients_at_previous_point: of exact groups, see `PreviousPoint.gradients`.
         originals: knows what lies in flat tensors.
         made: gets the parameters whose state was made or added to.
         adjusts_lr: see `Batch`; of every AdamW update among them.
@@ -188,7 +190,7 @@ def collect(
             raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
         known = seen.get(place)
         if known is not None and known.holds(group, params, states := list(map(state.__getitem__, params))):
-            batches.append(_batch(group, params, grads, states, known, previous_point))
+            batches.append(_batch(group, params, grads, states, known, gradients_at_previous_point))
             continue
         form = decide_form(group, state, forms)
         for alike in _alike(params):
@@ -200,7 +202,7 @@ def collect(
                 known.watch(alike)
                 seen[place] = known
             grads = [param.grad for param in alike]
-            batches.append(_batch(group, alike, grads, states, known, previous_point))
+            batches.append(_batch(group, alike, grads, states, known, gradients_at_previous_point))
     for batch in batches:
         batch.adjusts_lr, batch.replicas = adjusts_lr and batch.group["update"] == "adamw", replicas
     return batches
@@ -240,7 +242,7 @@ def _batch(
     grads: list[Any],
     states: list[State],
     seen: Seen,
-    previous_point: PreviousPoint,
+    gradients_at_previous_point: Gradients,
 ) -> Batch:
     form, first = seen.form, params[0]
     is_adamw = group["update"] == "adamw"
@@ -265,7 +267,7 @@ def _batch(
     if form is Form.APPROX:
         previous_grads = kept("last_grad")
     elif form is Form.EXACT and kappa_of(group) > 0:
-        previous_grads = previous_point.gradients(params, parts, grads)
+        previous_grads = gradients_at_previous_point(params, parts, grads)
     return Batch(
         group,
         form,

@@ -154,7 +154,7 @@ class Mars(Optimizer):
             self.state,
             self._forms,
             self._seen,
-            self._previous_point,
+            self._previous_point.gradients,
             self._originals,
             made,
             adjusts_lr=self.adjusts_lr,

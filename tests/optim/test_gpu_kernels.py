@@ -14,7 +14,7 @@ from helpers import assert_close, assert_equal, make, run_steps, values
 from kernel_helpers import COMPOSED, EVERY_FUSED, EXECUTIONS, NEEDS_GPU, assert_mostly_close, gpu, short_and_clipped
 
 from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
-from hf_mars.optim.kernels import launch, plan, trial
+from hf_mars.optim.kernels import copies, launch, plan, trial
 from hf_mars.optim.last_grad import LastNorms
 
 pytestmark = NEEDS_GPU
@@ -26,6 +26,12 @@ DEVICE = GPU.device
 @pytest.fixture
 def execution():
     return GPU
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tried():
+    """The kernels, once, before tests count what is called."""
+    gpu.kernels_for(torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("max_norm", [1.0, None])
@@ -189,7 +195,6 @@ def test_groups_with_equal_settings_are_launched_together(method, monkeypatch):
 def test_nothing_is_uploaded_where_nothing_has_moved(monkeypatch):
     """Nor where learning rates change. Of gradients that lie elsewhere their addresses alone are; another set of
     gradients, new states and parameters elsewhere are noticed."""
-    gpu.kernels_for(torch.device(DEVICE))
     uploaded, on_host = [], plan._on_host
     monkeypatch.setattr(plan, "_on_host", lambda data, *args: (uploaded.append(len(data)), on_host(data, *args))[1])
     params, wide = GPU.params([(4, 3), (3, 5)]), GPU.params([(4, 3), (3, 5)])
@@ -279,6 +284,46 @@ class Alone:
 
     def size(self):
         return 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_exact_mode_moves_all_parameters_in_three_launches(dtype, monkeypatch):
+    """To x_{t−1}, back, and x_t kept: 4, 4 and 2 words (test_triton.py). Bit for bit, and uploaded once."""
+    taken, uploaded, on_host = [], [], plan._on_host
+    swap, keep = copies.swap, copies.keep
+    monkeypatch.setattr(copies, "swap", lambda kernels, x, *rest: (taken.append(len(x)), swap(kernels, x, *rest)))
+    monkeypatch.setattr(copies, "keep", lambda kernels, x, *rest: (taken.append(-len(x)), keep(kernels, x, *rest)))
+    monkeypatch.setattr(plan, "_on_host", lambda data, *args: (uploaded.append(len(data)), on_host(data, *args))[1])
+    params = [*GPU.params([(4, 3), (50, 90), (0, 3)], dtype)]
+    params.append(torch.nn.Parameter(torch.ones(7, dtype=dtype, device=DEVICE)[1:].view(3, 2)))  # not aligned
+    optimizer = MarsAdamW(params, exact=True, gamma=0.5)
+    points = []
+    for step in range(4):
+        before = values(params)
+        with optimizer.previous_point():
+            if step > 0:
+                assert_equal(params, points[-1])
+            for p in params:
+                p.grad = torch.ones_like(p)
+        assert_equal(params, before)
+        points.append(before)
+        versions = [p._version for p in params]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        uploaded.clear()
+        optimizer.step()
+        assert all(p._version > version for p, version in zip(params, versions, strict=True))
+    assert taken == [4, 4, -4] * 3
+    assert max(uploaded, default=0) <= 3  # addresses of gradients, no table
+
+
+@pytest.mark.parametrize("raised", [0.0, 1.0])
+def test_a_flag_decides_whether_the_point_is_kept(raised):
+    tensors, others = GPU.params([(4, 3), (50, 90)]), GPU.params([(4, 3), (50, 90)])
+    for other in others:
+        other.data.fill_(math.nan)
+    gpu.keep(tensors, others, torch.tensor(raised, device=DEVICE))
+    assert all(torch.equal(a, b) != bool(raised) for a, b in zip(tensors, others, strict=True))
 
 
 def test_plans_keep_no_state_alive():

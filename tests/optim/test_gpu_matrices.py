@@ -146,7 +146,7 @@ def batch_of(optimizer, params):
 
     for p in params:
         p.grad = torch.ones_like(p)
-    where = (optimizer._forms, optimizer._seen, optimizer._previous_point, optimizer._originals, [])
+    where = (optimizer._forms, optimizer._seen, optimizer._previous_point.gradients, optimizer._originals, [])
     others = {"adjusts_lr": False, "replicas": optimizer.process_group}
     (batch,) = collect(optimizer.param_groups, optimizer.state, *where, **others)
     return batch

@@ -57,10 +57,11 @@ def kernel_cases(dtype):
     """(kernel, its arguments' types, its constants) as gpu.py launches them, of tensors that are all of `dtype`."""
     import triton.language as tl
 
-    norms, update, matrices = (
-        importlib.import_module(f"{gpu.__package__}.triton_{name}") for name in ("norms", "update", "matrices")
+    norms, update, matrices, copies = (
+        importlib.import_module(f"{gpu.__package__}.triton_{name}")
+        for name in ("norms", "update", "matrices", "copies")
     )
-    dtype = getattr(tl, dtype)
+    dtype, integer = getattr(tl, dtype), {"float32": tl.int32, "bfloat16": tl.int16}[dtype]
     of_block = {"table": "*i64", "tensor_of_block": "*i32", "stride": "i32"}
     of_tensor = {"table": "*i64", "stride": "i32"}
     wide, reduced = {"WIDE": tl.float32}, {"REDUCED": launch.REDUCED}
@@ -100,6 +101,8 @@ def kernel_cases(dtype):
     move = of_run | numbers("rate", "decay") | floats("flag") | {"stack": "*bf16"}
     yield matrices.move, move, wide | lanes | {"X_DTYPE": dtype, "COMPENSATED": dtype == tl.bfloat16}
     del lanes["STACK_ALIGNED"]
+    yield copies.swap, of_block, {"DTYPE": integer} | lanes
+    yield copies.keep, of_block | floats("flag"), {"DTYPE": integer} | lanes
     yield norms.divide, of_block | floats("divisors"), wide | {"DTYPE": dtype} | lanes
 
 
@@ -163,11 +166,13 @@ class TestCompiled:
                     (1 + constants["COMPENSATED"]) * pieces + of_stack,
                     (1 + constants["COMPENSATED"]) * pieces,
                 )
+            elif name in ("swap", "keep"):
+                loads = stores = (2 if name == "swap" else 1) * pieces
             else:
                 continue
             assert asm["ptx"].count("ld.global.v4.b32") == loads
             assert asm["ptx"].count("st.global.v4.b32") == stores
-            if dtype == "bfloat16" or name == "momentum":
+            if name not in ("swap", "keep") and (dtype == "bfloat16" or name == "momentum"):
                 assert "cvt.rn.bf16" in asm["ptx"] and "cvt.rz" not in asm["ptx"]
 
     @pytest.mark.parametrize("target", [("cuda", 75), ("cuda", 80), ("cuda", 90)], ids=str)

@@ -28,6 +28,7 @@ from ..last_grad import LastNorms
 from ..precision import needs_wide_copies
 from ..sharding import Ranks, add_up, all_ranks_can, is_one_of_several
 from ..skipping import Skip
+from . import copies
 from .launch import Kernels, Launch, operands_of
 from .launch import divide as divide_by_launch
 from .matrices import MatrixLaunch
@@ -54,9 +55,10 @@ def kernels_for(device: torch.device) -> Kernels | None:
             torch.cuda.synchronize(device)  # an error of earlier work shows here, where nobody takes it for Triton's
         try:
             # Here: importing Triton takes time, and CPUs do not need it.
-            from . import triton_matrices, triton_norms, triton_update
+            from . import triton_copies, triton_matrices, triton_norms, triton_update
 
-            kernels: Kernels | None = _tried(Kernels(triton_norms, triton_update, triton_matrices), device)
+            modules = Kernels(triton_norms, triton_update, triton_matrices, triton_copies)
+            kernels: Kernels | None = _tried(modules, device)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, no C compiler for its launchers, a GPU that it does not support, …
@@ -108,6 +110,8 @@ def _tried(kernels: Kernels, device: torch.device) -> Kernels:
             launch.move(run, updates, None)
         else:
             launch.update(None, last_norms)
+    copies.swap(kernels, expected["parameter"], batch.params)
+    copies.swap(kernels, expected["parameter"], batch.params)
     differs = what_differs(batch, expected) or what_differs(matrices, expected_of_matrices)
     if differs is not None:
         raise ArithmeticError(f"they compute another {differs} than torch's kernels do")
@@ -254,8 +258,8 @@ def _key(batch: Batch, plan: Plan) -> tuple:
     return batch.params[0].device, batch.is_whole, settings, rates, matrices, *plan.dtypes.items()
 
 
-def divides(tensors: list[Tensor]) -> bool:
-    """Whether `divide` can take these tensors, which are of one dtype."""
+def takes(tensors: list[Tensor]) -> bool:
+    """Whether `divide`, `swap` and `keep` can take these tensors, which are of one dtype on one device."""
     device = tensors[0].device
     return (
         not torch.compiler.is_compiling()
@@ -275,3 +279,17 @@ def divide(tensors: list[Tensor], divisors: Tensor) -> None:
     kernels = kernels_for(tensors[0].device)
     assert kernels is not None
     divide_by_launch(kernels, tensors, divisors)
+
+
+def swap(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Let tensors of one dtype change places with others of their shapes, bit for bit, in one launch."""
+    kernels = kernels_for(tensors[0].device)
+    assert kernels is not None
+    copies.swap(kernels, tensors, others)
+
+
+def keep(tensors: list[Tensor], others: list[Tensor], flag: Tensor | None) -> None:
+    """Copy tensors of one dtype into others of their shapes, in one launch; not where `flag` is raised."""
+    kernels = kernels_for(tensors[0].device)
+    assert kernels is not None
+    copies.keep(kernels, tensors, others, flag)

@@ -31,6 +31,7 @@ class Kernels:
     norms: ModuleType
     update: ModuleType
     matrices: ModuleType
+    copies: ModuleType
 
 
 class Operands:
