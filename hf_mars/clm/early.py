@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -42,6 +43,11 @@ def check_words(argv: list[str]) -> None:
         raise UsageError(f"--optim {optim}: {nearest_optimizer(optim)}")
     if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(f"--deepspeed {given['deepspeed']}: needs the package deepspeed: pip install deepspeed")
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # nodes may see different disks: `run.find_start` asks all of them
+        _check_files(given)
+
+
+def _check_files(given: dict[str, str | None]) -> None:
     for name in _HUB_OR_FOLDER:
         value = given.get(name)
         if value and _is_a_path(value) and not Path(value).exists():
