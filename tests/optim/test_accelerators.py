@@ -2,6 +2,7 @@
 where there is a GPU, torch itself looks for synchronisation."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mars.optim import MarsAdamW, MarsLion
 from hf_mars.optim.algorithm.lion import PIECE_ON_ACCELERATORS
+from hf_mars.optim.sharding import norms
 from hf_mars.optim.skipping import Skip
 
 SETTINGS = {
@@ -143,6 +145,18 @@ def test_words_and_launches_of_exact_mode_by_torchs_kernels():
         with Words(1000) as moved:
             optimizer._previous_point.keep(optimizer.param_groups, optimizer.state, Skip())
         assert moved.count == 2 * 1000 * tensors and moved.launches == 1
+
+
+def test_norms_of_tensors_that_are_spread_over_ranks_take_few_launches(monkeypatch):
+    """For any number of tensors, since their squares are added up, and roots taken, of a vector."""
+    part = types.SimpleNamespace(sums_over=("ranks",))
+    monkeypatch.setattr(norms, "exchange_device", lambda ranks, device: device)
+    monkeypatch.setattr(norms.dist, "all_reduce", lambda tensor, group: None)
+    for number in (2, 30):
+        tensors = [torch.empty(10, 100, device="meta") for _ in range(number)]
+        with Words(0) as moved:
+            results = norms.norms_of_wholes(tensors, [part] * number)
+        assert len(results) == number and moved.launches <= 8
 
 
 @pytest.mark.parametrize("max_norm", [1e6, None])
