@@ -87,8 +87,8 @@ class Largest(TorchDispatchMode):
 
 
 class Words(TorchDispatchMode):
-    """Elements that are read and written, of tensors of at least `least` elements, by the schemas of functions; and the
-    number of functions."""
+    """Elements that are read and written, of tensors of at least `least` elements, by the schemas of functions; and
+    how many functions take tensors."""
 
     def __init__(self, least):
         super().__init__()
@@ -109,7 +109,8 @@ class Words(TorchDispatchMode):
             also_writes = writes and not only_writes and name != "grads"
             self.count += self.large(value) * (1 + also_writes)
         self.count += 0 if changes else self.large(result)
-        self.launches += 1
+        values = [t for value in given.values() for t in (value if isinstance(value, (list, tuple)) else [value])]
+        self.launches += any(map(torch.is_tensor, values))
         return result
 
     def large(self, value):
