@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .algorithm.correction import relative_update_rms
-from .form import Form, form_of_settings, kappa_of
+from .form import Form, kappa_of
 from .groups import Group
 from .last_grad import keep, keep_unless
 from .precision import needs_compensation
@@ -122,8 +122,8 @@ class Seen:
         self.has_several = any(count != 1 for count in self.counts)
         self.parts = [part for parts in parts_of_each for part in parts]
         self.is_whole = all(part is WHOLE for part in self.parts)
-        self._asked = _asked(group)
-        self._keys = state_keys(self.dtype, group, form)
+        self._settings = [group[key] for key in _DECISIVE]
+        self._lengths = {len(state_keys(self.dtype, group, form))}
 
     def watch(self, params: list[Tensor]) -> None:
         """Take note of which parameters these are, for `holds`."""
@@ -138,15 +138,13 @@ class Seen:
             bool(self._alive)
             and list(map(id, params)) == self._ids
             and {param.dtype for param in params} == {self.dtype}
-            and _asked(group) == self._asked
-            and state_keys(self.dtype, group, self.form) == self._keys
-            and set(map(len, states)) == {len(self._keys)}
+            and [group[key] for key in _DECISIVE] == self._settings
+            and set(map(len, states)) == self._lengths
         )
 
 
-def _asked(group: Group) -> tuple:
-    """What the forms and parts of a group's parameters follow from."""
-    return form_of_settings(group), group["update"], group["max_norm"] is None, group["skip_nonfinite"]
+# Settings from which the forms, states and parts of a group's parameters follow.
+_DECISIVE = ("update", "exact", "gamma", "betas", "max_norm", "skip_nonfinite", "kahan_sum")
 
 
 def collect(

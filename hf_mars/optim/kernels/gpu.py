@@ -132,7 +132,9 @@ def split(batch: Batch) -> tuple[Batch | None, Batch | None, str | None]:
     if ranks:  # which are asked before anything is looked at that is this process's alone
         why_not = _why_not_there(device, ranks)
     plan = plan_of(batch)
-    why_not = why_not or plan.why_not or _why_not_there(device)
+    why_not = why_not or plan.why_not
+    if why_not is None and kernels_for(device) is None:
+        why_not = _why_not_there(device)
     if why_not is not None:
         return None, batch, why_not
     if not plan.left:
