@@ -271,6 +271,11 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
     if optimizer_cls is MarsShampoo:
         if model is None:
             raise ValueError(f"optim={optim_name(args)!r} needs the model, to tell embeddings from hidden matrices")
+        if getattr(model, "name_or_path", "") and all(param.requires_grad for param in model.parameters()):
+            logger.warning_once(
+                f"optim={optim_name(args)!r} tunes all weights of a pretrained model: if Adam pretrained it, such "
+                "updates can degrade it (docs/guide.md); mars_adamw, or LoRA, is the safe choice, and hf_mars.sweep tells"
+            )
         kwargs["roles"] = parameter_roles(model)
         if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
             kwargs["process_group"] = torch.distributed.group.WORLD
