@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .algorithm.correction import relative_update_rms
+from .clip import Clip
 from .exact import PreviousPoint
 from .form import Form, kappa_of
 from .groups import Group
@@ -41,6 +42,8 @@ class Batch:
     is_whole: bool = True  # this process holds all of every parameter
     adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
     replicas: Ranks | None = None  # ranks that hold equal parameters and gradients, where that is known
+    factor: float | Tensor | None = None  # f of the global clip: g_t is f · grads; None: 1
+    norms: list[float] | None = None  # ‖·‖₂ of grads, where that clip has measured them
     plan: Any = None  # what kernels know of its tensors
 
     @property
@@ -68,6 +71,12 @@ class Batch:
     def momentum_gamma(self) -> float:
         """γ of correction.momentum: in the one-tensor form the momentum of plain gradients does the correction."""
         return float(self.group["gamma"]) if self.form is Form.ONE_TENSOR else 0.0
+
+    def clipped(self) -> Batch:
+        """The same with g_t itself in `grads`: temporary copies, where the global clip has a factor."""
+        if self.factor is None:
+            return self
+        return replace(self, grads=[grad * self.factor for grad in self.grads], factor=None, norms=None)
 
     def keep_last_grads(self, finite: list[bool] | None, flag: Tensor | None = None) -> list[Tensor]:
         """g_t in the place of g_{t−1}, unless `flag` is raised; see `last_grad.keep`. Returns g_t as it is kept."""
@@ -112,6 +121,7 @@ def collect(
     previous_point: PreviousPoint,
     originals: Originals,
     made: list[Made],
+    clip: Clip | None = None,
     *,
     adjusts_lr: bool,
     replicas: Ranks | None,
@@ -125,6 +135,7 @@ def collect(
         previous_point: has the gradients at x_{t−1} of exact groups.
         originals: knows what lies in flat tensors.
         made: gets the parameters whose state was made or added to.
+        clip: of the gradients.
         adjusts_lr: see `Batch`; of every AdamW update among them.
         replicas: see `Batch`.
 
@@ -136,7 +147,7 @@ def collect(
         alike = _alike([param for param in group["params"] if param.grad is not None])
         form = decide_form(group, state, forms) if alike else Form.PLAIN
         for params in alike:
-            batch = _batch(group, params, state, forms, form, previous_point, originals, made)
+            batch = _batch(group, params, state, forms, form, previous_point, originals, made, clip)
             batches.append(replace(batch, adjusts_lr=adjusts_lr and group["update"] == "adamw", replicas=replicas))
     return batches
 
@@ -160,11 +171,13 @@ def _batch(
     previous_point: PreviousPoint,
     originals: Originals,
     made: list[Made],
+    clip: Clip | None,
 ) -> Batch:
     own_grads: list[Any] = [param.grad for param in params]  # hundreds of small tensors take as long as their step
     for grad in own_grads:
-        if grad.is_sparse:
-            raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
+        check_dense(grad)
+    factor = None if clip is None else clip.factor_on(params[0].device)
+    known_norms = clip.norms if clip is not None else {}
     complete = state_keys(params[0].dtype, group, form)
     # Flat tensors have several parts; below, every list has an entry per part.
     parts_of_each = [originals.parts_of(param, group) for param in params]
@@ -172,7 +185,7 @@ def _batch(
     for param, own in zip(params, states, strict=True):
         if own.keys() != complete or forms.get(param) is not form:
             before = frozenset(own)
-            make_state(param, own, group, form)
+            make_state(param, own, group, form, factor)
             if own.keys() - before:
                 made.append((param, before))
             forms[param] = form
@@ -204,6 +217,7 @@ def _batch(
         previous_grads = kept("last_grad")
     elif form is Form.EXACT and kappa_of(group) > 0:
         previous_grads = previous_point.gradients(params, parts, grads)
+    norms = [known_norms[param] for param in params] if is_whole and known_norms else None
     return Batch(
         group,
         form,
@@ -217,4 +231,12 @@ def _batch(
         states=states,
         parts=parts,
         is_whole=is_whole,
+        factor=factor,
+        norms=norms,
     )
+
+
+def check_dense(grad: Tensor) -> None:
+    """Raise a RuntimeError where a gradient is sparse."""
+    if grad.is_sparse:
+        raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")

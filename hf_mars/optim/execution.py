@@ -81,7 +81,7 @@ def _shares(batch: Batch) -> Iterator[tuple[Execution, Batch, str | None]]:
             yield cpu, batch, None
             return
     if rest is not None:
-        yield composed, rest, why_not
+        yield composed, rest.clipped(), why_not
 
 
 _NAMES = {composed.__name__: "torch's kernels", cpu.__name__: "the compiled step", gpu.__name__: "Triton's kernels"}

@@ -84,6 +84,10 @@ class Launch:
         wide = torch.promote_types(plan.dtypes["X"], torch.float32)
         self._wide = {"WIDE": _triton_dtype(wide)}
         self._read = {"G_DTYPE": g_dtype, "PREV_DTYPE": self._types.get("PREV_DTYPE", g_dtype)}
+        # f of the global clip: one for all batches of a step.
+        factor = table.zero if batch.factor is None else batch.factor
+        self._factor = factor if isinstance(factor, Tensor) else torch.tensor(factor, dtype=torch.float64)
+        self._scaling = {"SCALES": batch.factor is not None}
         self._lanes: dict[str, Any] = {"ALIGNED": table.is_aligned, "BLOCK": BLOCK, **OPTIONS}
         n = len(table.places)
         self._knowledge = table.scratch("knowledge", n, torch.int32)
@@ -111,8 +115,9 @@ class Launch:
                 if prev_norms is None:
                     prev_norms = torch.full_like(self._norms_of_g, torch.nan)
                 norms.measure[(table.blocks,)](
-                    *(*of_block, kappa, self._max_norm, prev_norms, *self._sums),
+                    *(*of_block, kappa, self._max_norm, prev_norms, *self._sums, self._factor),
                     CORRECTED=self._is_corrected,
+                    **self._scaling,
                     **self._wide,
                     **self._read,
                     **self._lanes,
@@ -126,7 +131,8 @@ class Launch:
                     )
                 if self._known is not None:  # else all have been measured
                     norms.measure_rest[(min(table.blocks, PROGRAMS_PER_UNIT * _units(table.device)),)](
-                        *(*of_tensor, n, kappa, self._knowledge, self._sums[1]),
+                        *(*of_tensor, n, kappa, self._knowledge, self._sums[1], self._factor),
+                        **self._scaling,
                         REDUCED=REDUCED,
                         **self._wide,
                         **self._read,
@@ -153,6 +159,7 @@ class Launch:
                     *(table.table, table.tensor_of_block, table.stride, *self._numbers, *self._results),
                     table.zero if flag is None else flag,
                     self._norms_of_g,
+                    self._factor,
                     X_DTYPE=self._types["X_DTYPE"],
                     M_DTYPE=self._types["M_DTYPE"],
                     V_DTYPE=self._types.get("V_DTYPE", self._types["M_DTYPE"]),
@@ -161,6 +168,7 @@ class Launch:
                     CLIPS=self._clips,
                     IS_ADAMW=self._is_adamw,
                     COMPENSATED=self._is_compensated,
+                    **self._scaling,
                     **self._wide,
                     **self._read,
                     **self._lanes,
