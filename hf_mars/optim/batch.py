@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .algorithm.correction import relative_update_rms
+from .clip import Clip
 from .form import Form, kappa_of
 from .groups import Group
 from .last_grad import keep, keep_unless
@@ -43,6 +44,8 @@ class Batch:
     adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
     replicas: Ranks | None = None  # ranks that hold equal parameters and gradients, where that is known
     first: Tensor | None = None  # of the group's parameters in it: what is known of it between steps is kept with that
+    factor: float | Tensor | None = None  # f of the global clip: g_t is f · grads; None: 1
+    norms: list[float] | None = None  # ‖·‖₂ of grads, where that clip has measured them
     plan: Any = None  # what kernels know of its tensors
 
     @property
@@ -70,6 +73,12 @@ class Batch:
     def momentum_gamma(self) -> float:
         """γ of correction.momentum: in the one-tensor form the momentum of plain gradients does the correction."""
         return float(self.group["gamma"]) if self.form is Form.ONE_TENSOR else 0.0
+
+    def clipped(self) -> Batch:
+        """The same with g_t itself in `grads`: temporary copies, where the global clip has a factor."""
+        if self.factor is None:
+            return self
+        return replace(self, grads=[grad * self.factor for grad in self.grads], factor=None, norms=None)
 
     def keep_last_grads(self, finite: list[bool] | None, flag: Tensor | None = None) -> list[Tensor]:
         """g_t in the place of g_{t−1}, unless `flag` is raised; see `last_grad.keep`. Returns g_t as it is kept."""
@@ -155,6 +164,7 @@ def collect(
     gradients_at_previous_point: Gradients,
     originals: Originals,
     made: list[Made],
+    clip: Clip | None = None,
     *,
     adjusts_lr: bool,
     replicas: Ranks | None,
@@ -169,6 +179,7 @@ def collect(
         gradients_at_previous_point: of exact groups, see `PreviousPoint.gradients`.
         originals: knows what lies in flat tensors.
         made: gets the parameters whose state was made or added to.
+        clip: of the gradients.
         adjusts_lr: see `Batch`; of every AdamW update among them.
         replicas: see `Batch`.
 
@@ -184,8 +195,7 @@ def collect(
             grads = [grad for grad in grads if grad is not None]
         if not params:
             continue
-        if True in [grad.is_sparse for grad in grads]:
-            raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")
+        check_dense(grads)
         known = seen.get(place)
         if known is not None and known.holds(group, params, states := list(map(state.__getitem__, params))):
             batches.append(_batch(group, params, grads, states, known, gradients_at_previous_point))
@@ -194,7 +204,8 @@ def collect(
         for alike in _alike(params):
             parts_of_each = [originals.parts_of(param, group) for param in alike]
             states = [state[param] for param in alike]
-            _bring_into_form(alike, states, group, form, forms, made)
+            factor = None if clip is None else clip.factor_on(alike[0].device)
+            _bring_into_form(alike, states, group, form, forms, made, factor)
             known = Seen(group, alike, form, parts_of_each)
             if not torch.compiler.is_compiling():
                 known.watch(alike)
@@ -203,6 +214,10 @@ def collect(
             batches.append(_batch(group, alike, grads, states, known, gradients_at_previous_point))
     for batch in batches:
         batch.adjusts_lr, batch.replicas = adjusts_lr and batch.group["update"] == "adamw", replicas
+        if clip is not None:
+            batch.factor = clip.factor_on(batch.params[0].device)
+            if batch.is_whole and clip.norms:
+                batch.norms = [clip.norms[param] for param in batch.params]
     return batches
 
 
@@ -223,12 +238,13 @@ def _bring_into_form(
     form: Form,
     forms: dict[Tensor, Form],
     made: list[Made],
+    factor: float | Tensor | None,
 ) -> None:
     complete = state_keys(params[0].dtype, group, form)
     for param, own in zip(params, states, strict=True):
         if own.keys() != complete or forms.get(param) is not form:
             before = frozenset(own)
-            make_state(param, own, group, form)
+            make_state(param, own, group, form, factor)
             if own.keys() - before:
                 made.append((param, before))
             forms[param] = form
@@ -281,3 +297,9 @@ def _batch(
         is_whole=is_whole,
         first=first,
     )
+
+
+def check_dense(grads: list[Tensor]) -> None:
+    """Raise a RuntimeError where a gradient is sparse."""
+    if True in [grad.is_sparse for grad in grads]:
+        raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")

@@ -44,6 +44,7 @@ def step_diagnostics(optimizer: Mars) -> dict[str, float]:
     settings: list[tuple[dict[str, Any], bool]] = []
     rates: dict[str, float] = {}
     previous_known = True
+    clip = optimizer.global_clip.of_gradients(optimizer.param_groups)
     for group in optimizer.param_groups:
         if group["params"]:
             rates.setdefault(group["kind"], float(group["lr"]))
@@ -55,6 +56,8 @@ def step_diagnostics(optimizer: Mars) -> dict[str, float]:
                 continue
             part = part_of(param)
             grad = part.of(param.grad)
+            factor = None if clip is None else clip.factor_on(grad.device)
+            grad = grad if factor is None else grad * factor  # g_t
             previous = _previous_gradient(optimizer, param, part, grad, group["exact"]) if kappa else None
             if kappa and previous is None and not group["exact"] and "exp_avg" in optimizer.state.get(param, ()):
                 previous_known = False  # a single moving average does the correction's work

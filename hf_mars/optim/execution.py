@@ -12,6 +12,7 @@ from .batch import Batch
 from .groups import Group
 from .kernels import cpu, gpu
 from .last_grad import LastNorms
+from .sharding import WHOLE, part_of
 from .skipping import Skip
 
 
@@ -82,7 +83,7 @@ def _shares(batch: Batch, is_compiling: bool) -> Iterator[tuple[Execution, Batch
             yield cpu, batch, None
             return
     if rest is not None:
-        yield composed, rest, why_not
+        yield composed, rest.clipped(), why_not
 
 
 _NAMES = {composed.__name__: "torch's kernels", cpu.__name__: "the compiled step", gpu.__name__: "Triton's kernels"}
@@ -94,3 +95,27 @@ def fused_in_effect(group: Group) -> object:
     if group["fused"] and on_cpus and not cpu.is_compiled() and (group["gamma"] != 0 or group["update"] != "adamw"):
         return "torch's kernels alone (the compiled step of hf_mars is missing)"
     return group["fused"]
+
+
+def why_composed(group: Group) -> str | None:
+    """Why the step of a param_group is composed of torch's kernels, as far as is known before it; None if it is not.
+
+    Groups of kind "1d" do not count, whose tensors are small.
+    """
+    params = group["params"]
+    if not params or group["kind"] == "1d":
+        return None
+    if group["update"] == "shampoo":
+        return "Newton–Schulz is composed of torch's kernels"
+    if group["foreach"] is not None or not group["fused"]:
+        return f"foreach={group['foreach']}, fused={group['fused']}"
+    if group["update"] == "adamw" and group["gamma"] == 0 and group["max_norm"] is None:
+        return "plain AdamW is torch's"
+    if any(param.is_cpu for param in params) and not gpu.is_interpreted():
+        if not cpu.is_compiled():
+            return "the compiled step is missing"
+        dtypes = {param.dtype for param in params} | {
+            group[key] or "float32" for key in ("last_grad_dtype", "state_dtype")
+        }
+        return None if dtypes <= {torch.float32, "float32"} else "the compiled step takes float32 alone"
+    return None if all(part_of(param) is WHOLE for param in params) else "kernels take whole parameters alone"

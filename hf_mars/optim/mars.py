@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 from torch.utils import _foreach_utils
 
 from .batch import Seen, collect
+from .clip import Clip
 from .exact import PreviousPoint
 from .execution import by_execution, fused_in_effect
 from .form import Form
+from .global_clip import GlobalClip
 from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_of_shape
 from .host import check_captured
 from .hyperparameters import check_hyperparameters, dtype_name
@@ -110,6 +112,7 @@ class Mars(Optimizer):
         self._seen: dict[int, Seen] = {}
         self._last_norms = LastNorms()
         self._previous_point = PreviousPoint()
+        self.global_clip = GlobalClip()
         self._told_norms: tuple[Norm, ...] = ()
         self._skipped_steps = SkippedSteps()
         self._executions: dict[str, dict[str, None]] = {}
@@ -137,17 +140,27 @@ class Mars(Optimizer):
                 loss = closure()
         check_captured(self.param_groups)
         self._previous_point.check(self.param_groups, self.state)
-        told, self._told_norms = self._told_norms, ()
-        norms = told or norms_to_skip_by(self.param_groups, self.previous_grads, self._originals)
-        skip = Skip(norms, is_complete=bool(told))
+        clip = self.global_clip.of_gradients(self.param_groups)
+        skip = self._skip(clip)
         if not skip.on_host():
-            self._step(skip)
+            self._step(skip, clip)
+        if clip is not None:
+            self.global_clip.use()
         if not torch.compiler.is_compiling():
             self._skipped_steps.count(skip, self.param_groups)
         self._previous_point.forget()
         return loss
 
-    def _step(self, skip: Skip) -> None:
+    def _skip(self, clip: Clip | None) -> Skip:
+        told, self._told_norms = self._told_norms, ()
+        if told:
+            return Skip(told, is_complete=True)
+        if clip is not None and not self.previous_grads:
+            return Skip([clip.total_norm], is_complete=True)
+        norms = norms_to_skip_by(self.param_groups, self.previous_grads, self._originals)
+        return Skip(norms if clip is None else [clip.total_norm, *norms])
+
+    def _step(self, skip: Skip, clip: Clip | None) -> None:
         made: list[Made] = []
         batches = collect(
             self.param_groups,
@@ -157,6 +170,7 @@ class Mars(Optimizer):
             self._previous_point.gradients,
             self._originals,
             made,
+            clip,
             adjusts_lr=self.adjusts_lr,
             replicas=self.process_group,
         )
@@ -169,6 +183,42 @@ class Mars(Optimizer):
         self._previous_point.keep(self.param_groups, self.state, skip)
         for (execution, some), norms in zip(by_executions, measured, strict=True):
             execution.step(some, norms, self._last_norms, skip)
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, *, error_if_nonfinite: bool = False, total_norm: Norm | None = None
+    ) -> Tensor:
+        """Let step() take f·g for the present gradients g, with f = min(1, max_norm / (‖g‖₂ + 1e-6)).
+
+        As torch.nn.utils.clip_grad_norm_, in fewer passes over memory: gradients are read here and never written to.
+        Call it after the last backward pass, and after a gradient scaler's `unscale_`. The factor belongs to these
+        gradients: every step() on them takes it, one on others that have come in between raises, and zero_grad()
+        drops it. A second call takes the place of the first. A step whose total norm is not finite changes nothing,
+        as with `skip_unless_finite`. Inside of `previous_point()` the gradients are multiplied at once.
+
+        Args:
+            max_norm: largest ‖g_t‖₂ over all parameters; `math.inf` measures alone.
+            error_if_nonfinite: raise if the total norm is not finite, which the host then waits for.
+            total_norm: ‖g‖₂, where more gradients than this optimizer's are clipped together: the root of the sum of
+                the squares of what `clip_grad_norm_(math.inf)` returns for each optimizer.
+
+        Returns:
+            ‖g‖₂ before the clip, a 0-d tensor: float64 if a gradient is, else float32. Sums are made in float64, so
+            that it differs from torch's, which loses up to some thousandths where tensors have millions of elements.
+
+        Raises:
+            ValueError: max_norm is negative or NaN, or total_norm is not one number.
+            RuntimeError: a gradient is sparse; the norm is not finite and `error_if_nonfinite`; or called in a
+                function that torch.compile compiles.
+        """
+        return self.global_clip.clip(
+            self.param_groups,
+            self._originals,
+            max_norm,
+            total_norm,
+            error_if_nonfinite=error_if_nonfinite,
+            at_once=self._previous_point.is_entered,
+        )
 
     # ---- steps that change nothing ----
 
@@ -219,6 +269,7 @@ class Mars(Optimizer):
         A loop that skips a bad batch would otherwise correct the next one with the gradients of both.
         """
         super().zero_grad(set_to_none)
+        self.global_clip.forget()
         if not self._previous_point.is_entered:
             self._previous_point.forget()
 

@@ -66,7 +66,7 @@ def decide_form(group: Group, state: Mapping[Tensor, State], forms: Mapping[Tens
     return form
 
 
-def make_state(param: Tensor, state: State, group: Group, form: Form) -> None:
+def make_state(param: Tensor, state: State, group: Group, form: Form, factor: float | Tensor | None = None) -> None:
     """Bring the state of a parameter into a form: at its first gradient, and where settings have changed since.
 
     The same keys on every rank, also for an empty shard: checkpoints of shards drop a key that one rank lacks.
@@ -76,12 +76,17 @@ def make_state(param: Tensor, state: State, group: Group, form: Form) -> None:
         state: of the parameter, empty at its first gradient. Modified.
         group: its param_group.
         form: the form to have.
+        factor: f of the global clip, by which g_t is the gradient's multiple; None: 1.
     """
 
     def zeros(key: str) -> Tensor:
         return torch.zeros_like(param, dtype=state_dtype(key, param, group), memory_format=torch.preserve_format)
 
-    assert param.grad is not None
+    def first_grad() -> Tensor:
+        assert param.grad is not None
+        grad = local(param.grad)
+        return grad if factor is None else grad * factor
+
     local = part_of(param).of
     if "exp_avg" not in state:
         check_not_flattened(param)  # by an engine that wraps the model after the optimizer is made
@@ -91,7 +96,7 @@ def make_state(param: Tensor, state: State, group: Group, form: Form) -> None:
             state["exp_avg_sq"] = zeros("exp_avg_sq")
         state["exp_avg"] = zeros("exp_avg")
         if form is Form.ONE_TENSOR:
-            local(state["exp_avg"]).copy_(initial_average(local(param.grad), group["gamma"]))
+            local(state["exp_avg"]).copy_(initial_average(first_grad(), group["gamma"]))
     # A tensor that this form does not keep up to date must not be there when the settings change back.
     if form is not Form.EXACT:
         state.pop("last_param", None)
@@ -100,7 +105,7 @@ def make_state(param: Tensor, state: State, group: Group, form: Form) -> None:
     elif "last_grad" not in state:
         # The paper's x_1 = x_0: no difference yet, so c_1 = g_1.
         state["last_grad"] = zeros("last_grad")
-        keep([local(state["last_grad"])], [local(param.grad)], None)
+        keep([local(state["last_grad"])], [first_grad()], None)
     if not needs_compensation(param.dtype, group):
         state.pop("compensation", None)
     elif "compensation" not in state:

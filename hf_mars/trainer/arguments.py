@@ -37,7 +37,13 @@ class MarsTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "Log with the loss what MARS did at that step (with MarsTrainer; docs/diagnostics.md)."},
     )
-
+    fuse_clip: bool = field(
+        default=True,
+        metadata={
+            "help": "Clip by max_grad_norm in the pass of the optimizer's step (MarsTrainer; docs/performance.md). "
+            "False: by torch.nn.utils.clip_grad_norm_, which gives the stock Trainer's run bit for bit."
+        },
+    )
     max_skipped_steps: int = field(
         default=10,
         metadata={

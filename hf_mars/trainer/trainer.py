@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..optim.mars import Mars
+from . import clipping
 from .arguments import MarsTrainingArguments
 from .callbacks import MarsDiagnosticsCallback, mars_optimizer
 from .checkpoint_saving import checkpoint_to_load, whole_checkpoint
@@ -35,11 +37,14 @@ class _Update(NamedTuple):
 class MarsTrainer(Trainer):
     """A drop-in `transformers.Trainer` that also trains with `optim_args="exact=true"`.
 
-    With any other setting it gives the same run as the stock Trainer, bit for bit, but that it takes no step where the
-    checkpoint that it resumes has all of them: Trainer takes one more each time. In exact mode all micro-batches of
-    an update are first evaluated at x_{t−1}, then at x_t, each time with the same random numbers (dropout), loss
-    scaling and clipping by the evaluation's own global norm. Logged loss, gradient norm and token counts are those of
-    the evaluation at x_t; total_flos counts both.
+    With any other setting it gives the same run as the stock Trainer with two exceptions: it takes no step where the
+    checkpoint that it resumes has all of them (Trainer takes one more each time); and the step takes the clip by
+    `max_grad_norm` along, whose norm is rounded otherwise (`hf_mars.trainer.clipping`; with `args.fuse_clip=False` the
+    runs are equal bit for bit).
+
+    In exact mode all micro-batches of an update are first evaluated at x_{t−1}, then at x_t, each time with the same
+    random numbers (dropout), loss scaling and clipping by the evaluation's own global norm. Logged loss, gradient norm
+    and token counts are those of the evaluation at x_t; total_flos counts both.
 
     Diagnostics of logged steps are logged with the loss (`MarsDiagnosticsCallback`) unless `args.mars_diagnostics` is
     False.
@@ -64,6 +69,7 @@ class MarsTrainer(Trainer):
 
     Attributes:
         is_finished: after training has begun, whether there was no step left to take.
+        reasons_to_clip_first: why gradients were clipped before the step, in passes of their own, as the log says.
     """
 
     is_finished = False
@@ -75,6 +81,7 @@ class MarsTrainer(Trainer):
             args = MarsTrainingArguments(output_dir="tmp_trainer")
         self._due: _Update | None = None
         self.previous_norm: torch.Tensor | float | None = None  # of the gradients at x_{t−1}
+        self.reasons_to_clip_first: list[str] = []
         self._pushes: list[str] | None = None  # checkpoints to push once they are whole; None: at once
         super().__init__(model, args, *rest, **kwargs)
         self._check_own_optimizer()
@@ -176,6 +183,17 @@ class MarsTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
         else:
             self._pushes.append(checkpoint_folder)
+
+    # ---- the clip ----
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = clipping.clip(self, model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # max_grad_norm=0: it is logged, and a step that it is not finite for is skipped
+            grad_norm = clipping.clip(self, model, math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     # ---- exact mode ----
 

@@ -24,3 +24,18 @@ def test_compiled_step(method, max_norm):
             step()
         finals.append(values(params))
     assert_close(*finals, 1e-5 if method == "mars_shampoo" else 1e-6)
+
+
+def test_a_clip_before_a_compiled_step_is_refused():
+    """The factor of this update would be every update's."""
+    torch._dynamo.reset()
+    (param,) = params = make_params([(7, 4)], dtype=torch.float32)
+    optimizer = METHODS["mars_adamw"][0](params, lr=0.02)
+    param.grad = torch.ones_like(param)
+    optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(Exception, match=r"clip_grad_norm_\(\) before a compiled step\(\)"):
+        torch.compile(optimizer.step, fullgraph=True)()
+    optimizer.zero_grad()
+    param.grad = torch.ones_like(param)
+    with pytest.raises(Exception, match=r"clip_grad_norm_\(\) of a MARS optimizer cannot be compiled"):
+        torch.compile(lambda: optimizer.clip_grad_norm_(1.0), fullgraph=True)()

@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
         ("test_reference.py", "equals_the_reference and float64 and adamw"),
         pytest.param("test_reference.py", "equals_the_reference and float64 and lion", marks=pytest.mark.exhaustive),
         ("test_laws.py", "one_buffer or constant_gradient"),
+        ("test_global_clip.py", "multiplied_first and kernels and (adamw or lion) and not float64"),
     ],
 )
 def test_through_the_interpreter(file, chosen):

@@ -7,6 +7,10 @@
  * bound ‖c_t‖ below max_norm, see is_short(). Elsewhere c_t itself is measured: 10 words where ‖g_prev‖ lets expect it,
  * 11 where ‖g_t‖ comes as a surprise.
  *
+ * Where the gradients are to be multiplied by the factor of a global clip first, that is done block by block in a buffer
+ * that stays in the processor's caches, see factored(): no word more, but that g_t is kept by value. Whoever has measured
+ * ‖g_t‖ for that clip gives it to norms(), and g_t is not read for it again.
+ *
  * Of a parameter that is spread over processes each has a part: add_squares() measures c_t's, 2 words, the caller adds
  * up over the processes and gives the factors. g_t is kept by value then, 1 word more: 9 without the clip, 11 with it.
  *
@@ -199,7 +203,9 @@ typedef struct {
     const int64_t *sizes;
     float **x, **m, **v, **g, **g_prev;          /* v: NULL for Lion; g_prev: NULL for c = g */
     float **steps;                               /* t of each tensor; NULL for Lion */
+    float factor;                                /* of the global clip: g_t is factor · g */
     const double *prev_norms;                    /* ‖g_prev‖ where it is known, NaN elsewhere */
+    const double *known_norms;                   /* ‖g_t‖ where all are known; else NULL */
     const double *clip_factors;                  /* c̃ = factor · c; NULL for c̃ = c */
     int keeps;                                   /* whether g_t is left in g_prev */
     Settings settings;
@@ -208,8 +214,28 @@ typedef struct {
     int32_t *largest;                            /* of each tensor, thread by thread */
 } Step;
 
+FOR_EACH_PROCESSOR
+static void multiply(const float *restrict g, float *restrict product, int64_t n, float factor)
+{
+    for (int64_t i = 0; i < n; i++)
+        product[i] = g[i] * factor;
+}
+
+/* g_t of a block: the products are rounded to float32 by being stored. Inside of other expressions the compiler would
+ * fuse them with sums, and a step would differ from one whose gradients were multiplied before. */
+static const float *factored(const Step *step, int64_t k, int64_t from, int64_t to, float *buffer)
+{
+    const float *g = step->g[k] + from;
+    if (step->factor == 1)
+        return g;
+    multiply(g, buffer, to - from, step->factor);
+    return buffer;
+}
+
 static double norm_of_g(const Step *step, int64_t k, int threads)
 {
+    if (step->known_norms)
+        return step->known_norms[k];
     double sum = 0;
     for (int r = 0; r < threads; r++)
         sum += step->sums[r * step->count + k].g;
@@ -229,18 +255,32 @@ static double norm_of_c(const Step *step, int64_t k, int threads)
 static int is_short(const Step *step, int64_t k, double length_of_g)
 {
     double kappa = step->settings.kappa;
-    return (1 + kappa) * length_of_g + kappa * step->prev_norms[k] < 0.999 * step->settings.max_norm;
+    double length_of_c = step->g_prev ? (1 + kappa) * length_of_g + kappa * step->prev_norms[k] : length_of_g;
+    return length_of_c < 0.999 * step->settings.max_norm;
 }
 
-/* Whether c_t itself is measured: where the bound will not do, to judge by g_prev. */
+/* Whether c_t itself is measured: where the bound will not do, to judge by g_prev unless ‖g_t‖ is known. */
 static int is_corrected_first(const Step *step, int64_t k)
 {
+    if (step->known_norms)
+        return !is_short(step, k, step->known_norms[k]);
     return step->g_prev && !is_short(step, k, step->prev_norms[k]);
 }
 
 static int is_corrected_late(const Step *step, int64_t k, int threads)
 {
-    return step->g_prev && !is_corrected_first(step, k) && !is_short(step, k, norm_of_g(step, k, threads));
+    return step->g_prev && !step->known_norms && !is_corrected_first(step, k)
+           && !is_short(step, k, norm_of_g(step, k, threads));
+}
+
+/* Σ c², and Σ g² where g_prev is there. */
+static Squares squares_of_c(const Step *step, int64_t k, int64_t from, int64_t to)
+{
+    float buffer[BLOCK];
+    const float *g = factored(step, k, from, to, buffer);
+    if (step->g_prev)
+        return corrected_squares(g, step->g_prev[k] + from, to - from, step->settings.kappa);
+    return (Squares){squares(g, to - from), 0};
 }
 
 static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
@@ -248,22 +288,19 @@ static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int t
     (void)threads;
     Squares *sum = &step->sums[thread * step->count + k];
     if (is_corrected_first(step, k)) {
-        const float *g_prev = step->g_prev[k] + from;
-        Squares more = corrected_squares(step->g[k] + from, g_prev, to - from, step->settings.kappa);
+        Squares more = squares_of_c(step, k, from, to);
         sum->c += more.c;
         sum->g += more.g;
-    } else {
-        sum->g += squares(step->g[k] + from, to - from);
+    } else if (!step->known_norms) {
+        float buffer[BLOCK];
+        sum->g += squares(factored(step, k, from, to, buffer), to - from);
     }
 }
 
 static void measure_again(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
-    if (is_corrected_late(step, k, threads)) {
-        const float *g_prev = step->g_prev[k] + from;
-        step->sums[thread * step->count + k].c +=
-            corrected_squares(step->g[k] + from, g_prev, to - from, step->settings.kappa).c;
-    }
+    if (is_corrected_late(step, k, threads))
+        step->sums[thread * step->count + k].c += squares_of_c(step, k, from, to).c;
 }
 
 /* NaN where c is not finite. */
@@ -272,38 +309,43 @@ static double clip_factor(const Step *step, int64_t k, int threads)
     double length = norm_of_g(step, k, threads);
     if (is_corrected_first(step, k) || is_corrected_late(step, k, threads))
         length = norm_of_c(step, k, threads);
-    else if (step->g_prev)
+    else if (step->g_prev || step->known_norms)
         return 1;
     return !isfinite(length) ? NAN : length <= step->settings.max_norm ? 1 : step->settings.max_norm / length;
+}
+
+static void update_run(const Step *step, int64_t k, int64_t from, int64_t to, Pointers at, int32_t *largest)
+{
+    float buffer[RUN], factor = step->clip_factors ? (float)step->clip_factors[k] : 1;
+    at.x = step->x[k] + from;
+    at.m = step->m[k] + from;
+    at.v = step->v ? step->v[k] + from : NULL;
+    at.g = factored(step, k, from, to, buffer);
+    at.g_prev = step->g_prev ? step->g_prev[k] + from : at.g;
+    int32_t own = (step->v ? adamw : lion)(at, to - from, step->settings, factor);
+    *largest = own > *largest ? own : *largest;
+    if (step->keeps)
+        keep(at.g, step->g_prev[k] + from, to - from);
 }
 
 static void update(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
     (void)threads;
-    const Settings *s = &step->settings;
-    const float *g = step->g[k], *g_prev = step->g_prev ? step->g_prev[k] : g;
-    float factor = step->clip_factors ? (float)step->clip_factors[k] : 1;
-    Pointers at = {step->x[k] + from, step->m[k] + from, NULL, g + from, g_prev + from, 0, 0};
+    Pointers at = {0};
     if (step->v) {
-        at.v = step->v[k] + from;
         double t = *step->steps[k];
         at.step_size = (float)(step->lr / (1 - pow(step->beta1, t)));
         at.inverse_root_bias2 = (float)(1 / sqrt(1 - pow(step->beta2, t)));
     }
-    int32_t largest = (step->v ? adamw : lion)(at, to - from, *s, factor);
-    int32_t *known = &step->largest[thread * step->count + k];
-    *known = largest > *known ? largest : *known;
-    if (step->keeps)
-        keep(step->g[k] + from, step->g_prev[k] + from, to - from);
+    int64_t run = step->factor == 1 ? BLOCK : RUN;   /* of g_t in the first cache */
+    for (; from < to; from += run)
+        update_run(step, k, from, from + run < to ? from + run : to, at, &step->largest[thread * step->count + k]);
 }
 
 static void measure_c(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
     (void)threads;
-    const float *g = step->g[k] + from;
-    step->sums[thread * step->count + k].c +=
-        step->g_prev ? corrected_squares(g, step->g_prev[k] + from, to - from, step->settings.kappa).c
-                     : squares(g, to - from);
+    step->sums[thread * step->count + k].c += squares_of_c(step, k, from, to).c;
 }
 
 /* One thread's share of the elements of all tensors, laid end to end: block by block, up or down. */
@@ -365,14 +407,15 @@ static void release(Py_buffer **buffers, size_t count)
 
 static PyObject *norms_of_a_group(PyObject *self, PyObject *arguments)
 {
-    Py_buffer sizes, g, g_prev, norms, clip_factors;
-    double kappa, max_norm;
+    Py_buffer sizes, g, g_prev, norms, known_norms, clip_factors;
+    double kappa, max_norm, factor;
     int threads;
-    if (!PyArg_ParseTuple(arguments, "y*y*z*w*w*ddi", &sizes, &g, &g_prev, &norms, &clip_factors, &kappa, &max_norm,
-                          &threads))
+    if (!PyArg_ParseTuple(arguments, "y*y*z*w*z*w*dddi", &sizes, &g, &g_prev, &norms, &known_norms, &clip_factors,
+                          &kappa, &max_norm, &factor, &threads))
         return NULL;
     Step step = {.count = sizes.len / (Py_ssize_t)sizeof(int64_t), .sizes = sizes.buf, .g = g.buf, .g_prev = g_prev.buf,
-                 .prev_norms = norms.buf, .settings = {.kappa = (float)kappa, .max_norm = max_norm}};
+                 .factor = (float)factor, .prev_norms = norms.buf, .known_norms = known_norms.buf,
+                 .settings = {.kappa = (float)kappa, .max_norm = max_norm}};
     threads = threads_for(&step, threads);
     step.sums = calloc((size_t)(threads * step.count), sizeof *step.sums);
     if (step.sums) {
@@ -387,7 +430,7 @@ static PyObject *norms_of_a_group(PyObject *self, PyObject *arguments)
         PyErr_NoMemory();
     }
     free(step.sums);
-    release((Py_buffer *[]){&sizes, &g, &g_prev, &norms, &clip_factors}, 5);
+    release((Py_buffer *[]){&sizes, &g, &g_prev, &norms, &known_norms, &clip_factors}, 6);
     if (PyErr_Occurred())
         return NULL;
     Py_RETURN_NONE;
@@ -396,12 +439,12 @@ static PyObject *norms_of_a_group(PyObject *self, PyObject *arguments)
 static PyObject *add_squares(PyObject *self, PyObject *arguments)
 {
     Py_buffer sizes, g, g_prev, sums;
-    double kappa;
+    double kappa, factor;
     int threads;
-    if (!PyArg_ParseTuple(arguments, "y*y*z*w*di", &sizes, &g, &g_prev, &sums, &kappa, &threads))
+    if (!PyArg_ParseTuple(arguments, "y*y*z*w*ddi", &sizes, &g, &g_prev, &sums, &kappa, &factor, &threads))
         return NULL;
     Step step = {.count = sizes.len / (Py_ssize_t)sizeof(int64_t), .sizes = sizes.buf, .g = g.buf, .g_prev = g_prev.buf,
-                 .settings = {.kappa = (float)kappa}};
+                 .factor = (float)factor, .settings = {.kappa = (float)kappa}};
     threads = threads_for(&step, threads);
     step.sums = calloc((size_t)(threads * step.count), sizeof *step.sums);
     if (step.sums) {
@@ -425,15 +468,17 @@ static PyObject *add_squares(PyObject *self, PyObject *arguments)
 static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 {
     Py_buffer sizes, x, m, v, g, g_prev, clip_factors, steps;
-    double kappa, beta1, beta2, eps, gamma, lr, weight_decay;
+    double kappa, beta1, beta2, eps, gamma, lr, weight_decay, factor;
     int keeps, threads;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*z*z*dddddddpi", &sizes, &x, &m, &v, &g, &g_prev, &clip_factors,
-                          &steps, &kappa, &beta1, &beta2, &eps, &gamma, &lr, &weight_decay, &keeps, &threads))
+    if (!PyArg_ParseTuple(arguments, "y*y*y*z*y*z*z*z*ddddddddpi", &sizes, &x, &m, &v, &g, &g_prev, &clip_factors,
+                          &steps, &kappa, &beta1, &beta2, &eps, &gamma, &lr, &weight_decay, &factor, &keeps, &threads))
         return NULL;
     Settings s = {(float)kappa, (float)(1 - beta1), (float)beta2, (float)(1 - beta2), (float)eps, (float)gamma,
                   (float)lr, (float)(1 - lr * weight_decay), 0};
-    Step step = {sizes.len / (Py_ssize_t)sizeof(int64_t), sizes.buf, x.buf, m.buf, v.buf, g.buf, g_prev.buf, steps.buf,
-                 NULL, clip_factors.buf, keeps, s, beta1, beta2, lr, NULL, NULL};
+    Step step = {.count = sizes.len / (Py_ssize_t)sizeof(int64_t), .sizes = sizes.buf, .x = x.buf, .m = m.buf,
+                 .v = v.buf, .g = g.buf, .g_prev = g_prev.buf, .steps = steps.buf, .factor = (float)factor,
+                 .clip_factors = clip_factors.buf, .keeps = keeps, .settings = s, .beta1 = beta1, .beta2 = beta2,
+                 .lr = lr};
     threads = threads_for(&step, threads);
     step.largest = calloc((size_t)(threads * step.count), sizeof *step.largest);
     PyObject *finite = PyList_New((Py_ssize_t)step.count);
@@ -461,17 +506,18 @@ static PyObject *step_of_a_group(PyObject *self, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"norms", norms_of_a_group, METH_VARARGS,
-     "norms(sizes, g, g_prev, norms, clip_factors, kappa, max_norm, threads): what the clip of float32 tensors must "
-     "know. sizes is a buffer of int64, the element counts; g and g_prev are buffers of addresses. norms is a buffer of "
-     "doubles: of g_prev where known, else NaN; it becomes the norms of g. clip_factors, of doubles, becomes the factor "
-     "of each c; NaN where c is not finite."},
+     "norms(sizes, g, g_prev, norms, known_norms, clip_factors, kappa, max_norm, factor, threads): what the clip of "
+     "float32 tensors must know. sizes is a buffer of int64, the element counts; g and g_prev are buffers of addresses; "
+     "g_t is factor * g. norms is a buffer of doubles: of g_prev where known, else NaN; it becomes the norms of g_t, which "
+     "are known_norms unless that is None. clip_factors, of doubles, becomes the factor of each c; NaN where c is not "
+     "finite."},
     {"step", step_of_a_group, METH_VARARGS,
-     "step(sizes, x, m, v, g, g_prev, clip_factors, steps, kappa, beta1, beta2, eps, gamma, lr, weight_decay, keeps, "
-     "threads): one step of MARS-AdamW (v and steps given) or MARS-Lion on float32 tensors, in place; buffers as above. With "
-     "keeps, g takes g_prev's place, zero where it is not finite. Returns for each tensor whether its c was finite."},
+     "step(sizes, x, m, v, g, g_prev, clip_factors, steps, kappa, beta1, beta2, eps, gamma, lr, weight_decay, "
+     "factor, keeps, threads): one step of MARS-AdamW (v and steps given) or MARS-Lion on float32 tensors, in place; buffers and "
+     "factor as above. With keeps, g_t takes g_prev's place, zero where it is not finite. Returns for each tensor whether its c was finite."},
     {"add_squares", add_squares, METH_VARARGS,
-     "add_squares(sizes, g, g_prev, sums, kappa, threads): add each tensor's sum of squares of c to the doubles in "
-     "sums."},
+     "add_squares(sizes, g, g_prev, sums, kappa, factor, threads): add each tensor's sum of squares of c to the doubles in "
+     "sums; buffers and factor as above."},
     {NULL, NULL, 0, NULL},
 };
 

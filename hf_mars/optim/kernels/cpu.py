@@ -73,7 +73,7 @@ def why_not(batch: Batch) -> str | None:
 
 
 class _Measured(NamedTuple):
-    """‖g_t‖₂ of the tensors of a batch, NaN where it was not measured; and the factors of their c_t, if it clips."""
+    """‖g_t‖₂ of the tensors of a batch, NaN where it is not known; and the factors of their c_t, if it clips."""
 
     norms: array[float]
     clip_factors: array[float] | None
@@ -98,7 +98,8 @@ def _measure_parts(batches: list[Batch], skip: Skip) -> dict[int, _Measured]:
         sums = array("d", bytes(8 * len(batch.params)))
         previous_grads = None if batch.previous_grads is None else _addresses(batch.previous_grads)
         sizes, grads = _sizes(batch.grads), _addresses(batch.grads)
-        _cpu.add_squares(sizes, grads, previous_grads, sums, batch.kappa, torch.get_num_threads())
+        factor = _factor(batch)
+        _cpu.add_squares(sizes, grads, previous_grads, sums, batch.kappa, factor, torch.get_num_threads())
         squares += [torch.tensor(value, dtype=torch.float64) for value in sums]
     norms = iter(norms_of_squares(squares, [part for batch in batches for part in batch.parts]))
     result = {}
@@ -114,19 +115,23 @@ def _measure(batch: Batch, last_norms: LastNorms, skip: Skip) -> _Measured:
     assert _cpu is not None
     max_norm, previous_grads = batch.group["max_norm"], batch.previous_grads
     nothing = array("d", [math.nan]) * len(batch.params)
+    factor = _factor(batch)
+    known = None if batch.norms is None else array("d", [factor * norm for norm in batch.norms])
     if max_norm is None:
-        return _Measured(nothing, None)
-    known = last_norms.take(previous_grads) if batch.form is Form.APPROX and previous_grads else []
-    norms = array("d", [math.nan if norm is None else norm for norm in known]) or nothing
+        return _Measured(known or nothing, None)
+    previous = last_norms.take(previous_grads) if batch.form is Form.APPROX and previous_grads else []
+    norms = array("d", [math.nan if norm is None else norm for norm in previous]) or nothing
     clip_factors = array("d", nothing)
     _cpu.norms(
         _sizes(batch.params),
         _addresses(batch.grads),
         None if previous_grads is None else _addresses(previous_grads),
         norms,
+        known,
         clip_factors,
         batch.kappa,
         max_norm,
+        factor,
         torch.get_num_threads(),
     )
     skip.add(clip_factors)
@@ -144,7 +149,10 @@ def _step(batch: Batch, measured: _Measured, last_norms: LastNorms) -> None:
     params, group, previous_grads = batch.params, batch.group, batch.previous_grads
     beta1, beta2 = group["betas"]
     is_adamw = group["update"] == "adamw"
-    by_value = batch.form is Form.APPROX and not batch.is_whole  # g_{t−1} of a part stays the memory that it is
+    factor = _factor(batch)
+    is_clipped = factor != 1  # then memory of g_t does not hold what is kept
+    # g_{t−1} of a part stays the memory that it is.
+    by_value = batch.form is Form.APPROX and (is_clipped or not batch.is_whole)
     finite = _cpu.step(
         _sizes(params),
         _addresses(params),
@@ -161,14 +169,32 @@ def _step(batch: Batch, measured: _Measured, last_norms: LastNorms) -> None:
         batch.momentum_gamma,
         batch.lr,
         batch.weight_decay,
+        factor,
         by_value,
         torch.get_num_threads(),
     )
     torch.autograd.graph.increment_version(params)  # they were changed behind autograd's back
-    if batch.form is Form.APPROX and not by_value:
-        kept = batch.keep_last_grads(finite)
-        if measured.clip_factors is not None:
+    if batch.form is Form.APPROX and batch.is_whole:
+        assert previous_grads is not None
+        if by_value:
+            torch.autograd.graph.increment_version(previous_grads)
+        kept = previous_grads if by_value else batch.keep_last_grads(finite)
+        if group["max_norm"] is not None:
             last_norms.remember(kept, measured.norms.tolist())
+
+
+def squares(tensors: list[Tensor]) -> list[float] | None:
+    """Σ t² of each tensor, in blocks of float32 that are added up in float64; None if it cannot be done here."""
+    if _cpu is None or not {(type(t), t.dtype, t.is_cpu, t.is_contiguous()) for t in tensors} <= _PLAIN:
+        return None
+    sums = array("d", bytes(8 * len(tensors)))
+    _cpu.add_squares(_sizes(tensors), _addresses(tensors), None, sums, 0.0, 1.0, torch.get_num_threads())
+    return sums.tolist()
+
+
+def _factor(batch: Batch) -> float:
+    """f of the global clip, of which a CPU knows the value."""
+    return 1.0 if batch.factor is None else float(batch.factor)
 
 
 def _sizes(tensors: list[Tensor]) -> array[int]:

@@ -86,6 +86,7 @@ class Launch:
         group: the first param_group.
         device: of the tensors.
         numbers: κ, β1, β2, ε, γ, η, 1 − ηλ, as kernels take them.
+        factor, scaling: f of the global clip, and whether there is one.
         norms_of_g: ‖g_t‖₂, of the dtype that is computed in; of no use without the clip.
         is_spread: norms take an exchange between ranks.
     """
@@ -103,6 +104,10 @@ class Launch:
         self.is_spread = operands.clips and not batch.is_whole
         self._bounds = operands.clips and batch.is_whole
         self.norms_of_g = operands.norms_of_g
+        # f of the global clip: one for all batches of a step.
+        factor = table.zero if batch.factor is None else batch.factor
+        self.factor = factor if isinstance(factor, Tensor) else torch.tensor(factor, dtype=torch.float64)
+        self.scaling = {"SCALES": batch.factor is not None}
         self._known: Tensor | None = None
         self._last_grads: list[Tensor] = []
         if operands.keeps_last_grad and operands.is_corrected:
@@ -130,8 +135,9 @@ class Launch:
         operands = self.operands
         kappa, *_ = self.numbers
         self.kernels.norms.measure[(self._table.blocks,)](
-            *(*operands.of_block, kappa, self._max_norm, prev_norms, *operands.sums),
+            *(*operands.of_block, kappa, self._max_norm, prev_norms, *operands.sums, self.factor),
             CORRECTED=operands.is_corrected,
+            **self.scaling,
             **operands.measure,
         )
 
@@ -162,7 +168,8 @@ class Launch:
                     )
                 if self._known is not None:  # else all have been measured
                     norms.measure_rest[(min(table.blocks, PROGRAMS_PER_UNIT * _units(table.device)),)](
-                        *(*operands.of_tensor, n, kappa, operands.knowledge, sums[1]),
+                        *(*operands.of_tensor, n, kappa, operands.knowledge, sums[1], self.factor),
+                        **self.scaling,
                         REDUCED=REDUCED,
                         **operands.measure,
                     )
@@ -186,6 +193,8 @@ class Launch:
                 *(*operands.of_block, *self.numbers, *operands.results),
                 table.zero if flag is None else flag,
                 self.norms_of_g,
+                self.factor,
+                **self.scaling,
                 **operands.update,
             )
         self.finish(last_norms)

@@ -63,7 +63,8 @@ class MatrixLaunch(Launch):
         with torch.cuda.device_of(stack):
             self.kernels.matrices.momentum[self._grid(run)](
                 *(*operands.of_block, *self._place(run), kappa, beta1, gamma, operands.results[0]),
-                *(operands.table.zero if flag is None else flag, self.norms_of_g, stack),
+                *(operands.table.zero if flag is None else flag, self.norms_of_g, self.factor, stack),
+                **self.scaling,
                 **{name: operands.update[name] for name in names},
                 **self._options(run, stack),
             )

@@ -77,6 +77,19 @@ def load(pointer, lanes, count, MASKED: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def load_g(pointer, lanes, count, factor, MASKED: tl.constexpr, WIDE: tl.constexpr, SCALES: tl.constexpr):
+    """g_t. SCALES: it is the product of the gradient and the factor of the global clip, rounded to its dtype."""
+    g = tl.load(pointer + lanes, mask=lanes < count, other=0.0) if MASKED else tl.load(pointer + lanes)
+    if SCALES:
+        dtype: tl.constexpr = pointer.dtype.element_ty
+        if dtype == tl.float64:
+            g = g * tl.load(factor).to(tl.float64)
+        else:
+            g = (g.to(tl.float32) * tl.load(factor).to(tl.float32)).to(dtype)
+    return g.to(WIDE)
+
+
+@triton.jit
 def store(pointer, lanes, count, values, MASKED: tl.constexpr):
     values = values.to(pointer.dtype.element_ty)
     if MASKED:

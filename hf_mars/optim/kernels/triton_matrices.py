@@ -7,7 +7,22 @@ momenta that are rounded to what the stack is in, or of updates.
 import triton
 import triton.language as tl
 
-from .triton_common import COMPENSATION, PREV, VARYING, G, M, X, at, block_of, corrected, lerp, load, number, store
+from .triton_common import (
+    COMPENSATION,
+    PREV,
+    VARYING,
+    G,
+    M,
+    X,
+    at,
+    block_of,
+    corrected,
+    lerp,
+    load,
+    load_g,
+    number,
+    store,
+)
 
 
 @triton.jit
@@ -31,6 +46,7 @@ def _momentum_block(
     beta1,
     gamma,
     clip_factors,
+    factor,
     at_stack,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -40,10 +56,11 @@ def _momentum_block(
     CORRECTED: tl.constexpr,
     KEEPS_LAST_GRAD: tl.constexpr,
     CLIPS: tl.constexpr,
+    SCALES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     at_m = at(table, M, stride, k, start, M_DTYPE, ALIGNED)
-    g = load(at(table, G, stride, k, start, G_DTYPE, ALIGNED), lanes, count, MASKED, WIDE)
+    g = load_g(at(table, G, stride, k, start, G_DTYPE, ALIGNED), lanes, count, factor, MASKED, WIDE, SCALES)
     m = load(at_m, lanes, count, MASKED, WIDE)
     c = g
     if CORRECTED:
@@ -72,6 +89,7 @@ def momentum(
     clip_factors,
     flag,
     norms_of_g,
+    factor,
     stack,
     WIDE: tl.constexpr,
     G_DTYPE: tl.constexpr,
@@ -80,6 +98,7 @@ def momentum(
     CORRECTED: tl.constexpr,
     KEEPS_LAST_GRAD: tl.constexpr,
     CLIPS: tl.constexpr,
+    SCALES: tl.constexpr,
     ALIGNED: tl.constexpr,
     STACK_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,13 +118,13 @@ def momentum(
     at_stack = _in_stack(stack, k, first_tensor, size, start, STACK_ALIGNED)
     if written == BLOCK:
         _momentum_block(
-            table, stride, k, start, lanes, count, written, kappa, beta1, gamma, clip_factors, at_stack,
-            False, WIDE, G_DTYPE, PREV_DTYPE, M_DTYPE, CORRECTED, KEEPS_LAST_GRAD, CLIPS, ALIGNED,
+            table, stride, k, start, lanes, count, written, kappa, beta1, gamma, clip_factors, factor, at_stack,
+            False, WIDE, G_DTYPE, PREV_DTYPE, M_DTYPE, CORRECTED, KEEPS_LAST_GRAD, CLIPS, SCALES, ALIGNED,
         )  # fmt: skip
     else:
         _momentum_block(
-            table, stride, k, start, lanes, count, written, kappa, beta1, gamma, clip_factors, at_stack,
-            True, WIDE, G_DTYPE, PREV_DTYPE, M_DTYPE, CORRECTED, KEEPS_LAST_GRAD, CLIPS, ALIGNED,
+            table, stride, k, start, lanes, count, written, kappa, beta1, gamma, clip_factors, factor, at_stack,
+            True, WIDE, G_DTYPE, PREV_DTYPE, M_DTYPE, CORRECTED, KEEPS_LAST_GRAD, CLIPS, SCALES, ALIGNED,
         )  # fmt: skip
 
 

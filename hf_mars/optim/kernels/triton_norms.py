@@ -16,6 +16,7 @@ from .triton_common import (
     corrected,
     div,
     load,
+    load_g,
     number,
     store,
 )
@@ -69,6 +70,15 @@ def _load_block(at, lanes, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     return values
 
 
+@triton.jit
+def _load_g_block(at, lanes, count, factor, WIDE: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr):
+    if count == BLOCK:
+        values = load_g(at, lanes, count, factor, False, WIDE, SCALES)
+    else:
+        values = load_g(at, lanes, count, factor, True, WIDE, SCALES)
+    return values
+
+
 @triton.jit(do_not_specialize=VARYING)
 def measure(
     table,
@@ -79,10 +89,12 @@ def measure(
     prev_norms,
     sums_of_g,
     sums_of_c,
+    factor,
     WIDE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     PREV_DTYPE: tl.constexpr,
     CORRECTED: tl.constexpr,
+    SCALES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -93,7 +105,7 @@ def measure(
     block = tl.program_id(0)
     k, start, count = block_of(table, tensor_of_block, stride, block, BLOCK)
     lanes = tl.arange(0, BLOCK)
-    g = _load_block(at(table, G, stride, k, start, G_DTYPE, ALIGNED), lanes, count, WIDE, BLOCK)
+    g = _load_g_block(at(table, G, stride, k, start, G_DTYPE, ALIGNED), lanes, count, factor, WIDE, SCALES, BLOCK)
     tl.store(sums_of_g + block, _squares(g))
     if CORRECTED:
         prev_norm = tl.load(prev_norms + k)
@@ -137,9 +149,11 @@ def measure_rest(
     kappa,
     knowledge,
     sums_of_c,
+    factor,
     WIDE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     PREV_DTYPE: tl.constexpr,
+    SCALES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     REDUCED: tl.constexpr,
@@ -163,7 +177,7 @@ def measure_rest(
                     count = tl.minimum(tl.load(table + SIZE * stride + k) - start_of_block, BLOCK).to(tl.int32)
                     at_g = at(table, G, stride, k, start_of_block, G_DTYPE, ALIGNED)
                     at_prev = at(table, PREV, stride, k, start_of_block, PREV_DTYPE, ALIGNED)
-                    g = _load_block(at_g, lanes, count, WIDE, BLOCK)
+                    g = _load_g_block(at_g, lanes, count, factor, WIDE, SCALES, BLOCK)
                     c = corrected(kappa, g, _load_block(at_prev, lanes, count, WIDE, BLOCK), WIDE)
                     tl.store(sums_of_c + block, _squares(c))
 

@@ -21,6 +21,7 @@ from .triton_common import (
     div,
     lerp,
     load,
+    load_g,
     number,
     sqrt,
     store,
@@ -45,6 +46,7 @@ def _update_block(
     clip_factors,
     step_sizes,
     inverse_root_bias2,
+    factor,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
     X_DTYPE: tl.constexpr,
@@ -57,12 +59,13 @@ def _update_block(
     CLIPS: tl.constexpr,
     IS_ADAMW: tl.constexpr,
     COMPENSATED: tl.constexpr,
+    SCALES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     # All loads before the first store, which the compiler would not move them across.
     at_x = at(table, X, stride, k, start, X_DTYPE, ALIGNED)
     at_m = at(table, M, stride, k, start, M_DTYPE, ALIGNED)
-    g = load(at(table, G, stride, k, start, G_DTYPE, ALIGNED), lanes, count, MASKED, WIDE)
+    g = load_g(at(table, G, stride, k, start, G_DTYPE, ALIGNED), lanes, count, factor, MASKED, WIDE, SCALES)
     x = load(at_x, lanes, count, MASKED, WIDE)
     m = load(at_m, lanes, count, MASKED, WIDE)
     c = g
@@ -116,6 +119,7 @@ def update(
     inverse_root_bias2,
     flag,
     norms_of_g,
+    factor,
     WIDE: tl.constexpr,
     X_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
@@ -127,10 +131,11 @@ def update(
     CLIPS: tl.constexpr,
     IS_ADAMW: tl.constexpr,
     COMPENSATED: tl.constexpr,
+    SCALES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """c̃, the moving averages, the update, t ← t + 1, and g in the place of g_{t−1}, of every block.
+    """c̃, the moving averages, the update, t ← t + 1, and g_t in the place of g_{t−1}, of every block.
 
     Where the flag is raised, nothing but: ‖g‖ becomes NaN, since it will not be the norm of g_{t−1}.
     """
@@ -147,12 +152,12 @@ def update(
     if count == BLOCK:
         _update_block(
             table, stride, k, start, lanes, count, kappa, beta1, beta2, eps, gamma, lr, decay,
-            clip_factors, step_sizes, inverse_root_bias2, False, WIDE, X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE, V_DTYPE,
-            CORRECTED, KEEPS_LAST_GRAD, CLIPS, IS_ADAMW, COMPENSATED, ALIGNED,
+            clip_factors, step_sizes, inverse_root_bias2, factor, False, WIDE, X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE,
+            V_DTYPE, CORRECTED, KEEPS_LAST_GRAD, CLIPS, IS_ADAMW, COMPENSATED, SCALES, ALIGNED,
         )  # fmt: skip
     else:
         _update_block(
             table, stride, k, start, lanes, count, kappa, beta1, beta2, eps, gamma, lr, decay,
-            clip_factors, step_sizes, inverse_root_bias2, True, WIDE, X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE, V_DTYPE,
-            CORRECTED, KEEPS_LAST_GRAD, CLIPS, IS_ADAMW, COMPENSATED, ALIGNED,
+            clip_factors, step_sizes, inverse_root_bias2, factor, True, WIDE, X_DTYPE, G_DTYPE, PREV_DTYPE, M_DTYPE,
+            V_DTYPE, CORRECTED, KEEPS_LAST_GRAD, CLIPS, IS_ADAMW, COMPENSATED, SCALES, ALIGNED,
         )  # fmt: skip

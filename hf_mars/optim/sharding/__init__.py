@@ -10,7 +10,7 @@ from .agreement import all_ranks_can, is_one_of_several
 from .gathered import drop_gathered
 from .matrices import on_whole_matrices
 from .norms import add_up, norms_of_squares, norms_of_wholes, whole_value
-from .parts import WHOLE, Part, Ranks, owners_of, part_of
+from .parts import WHOLE, Part, Ranks, local_tensor, owners_of, part_of
 from .zero import Originals
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "all_ranks_can",
     "drop_gathered",
     "is_one_of_several",
+    "local_tensor",
     "norms_of_squares",
     "norms_of_wholes",
     "on_whole_matrices",

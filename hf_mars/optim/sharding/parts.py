@@ -166,6 +166,11 @@ def part_of(param: Tensor) -> Part:
     return Shards(param) if len(cuts) == 1 and type(cuts[0]) is Shard else DTensorPart(param)
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor in the layout that it has: a plain tensor in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def owners_of(shapes: list[torch.Size], ranks: int) -> list[int]:
     """Which rank works on which tensor: the most expensive first, each to the rank with the least work so far."""
     costs = [math.prod(shape) * min(shape[-2:]) for shape in shapes]
