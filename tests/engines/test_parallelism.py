@@ -82,9 +82,11 @@ def test_it_resumes(name, way, together):
     assert_equal(list(found["weights"].values()), list(expected["weights"].values()))
 
 
-def test_pipelines_are_refused(tmp_path, folder):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_pipelines_are_refused(name, tmp_path, folder):
     """A stage of one process is enough to be told of."""
     model = load(folder, "pipeline")
     model.config.distributed_config = distributed.DistributedConfig(pp_size=2)
-    with pytest.raises(ValueError, match=r"optim='mars_m' does not work with pipeline parallelism \(pp_size=2\)"):
-        make_trainer(tmp_path, model=model, optim="mars_m").create_optimizer()
+    optim = SETTINGS[name]["optim"]
+    with pytest.raises(ValueError, match=rf"optim='{optim}' does not work with pipeline parallelism \(pp_size=2\)"):
+        make_trainer(tmp_path, model=model, **SETTINGS[name]).create_optimizer()
