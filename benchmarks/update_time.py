@@ -4,8 +4,8 @@
 
 torch's optimizers clip with `torch.nn.utils.clip_grad_norm_`, ours with `optimizer.clip_grad_norm_`, and, in rows
 named "torch's clip", with torch's. Float32, one process; the optimizers take turns, so that the machine's other load
-falls on all alike; medians of the times, and of the ratios, turn by turn, to AdamW's. Gradients are new tensors in every
-update, as a backward pass leaves them, in three regimes:
+falls on all alike; medians of the times, and of the ratios, turn by turn, to AdamW's. Gradients are new tensors in
+every update, as a backward pass leaves them, in three regimes:
 
 - "quiet": the norm of each tensor is 0.9/√n of n tensors, so that the total, 0.9, is not clipped, and ‖g_t‖ alone says
   that no ‖c_t‖ reaches max_norm=1;

@@ -73,14 +73,16 @@ def kernel_cases(dtype):
     known = {"knowledge": "*i32"}
     results = floats("clip_factors", "step_sizes", "inverse_root_bias2")
     sums = {"sums_of_g": "*fp64", "sums_of_c": "*fp64"}
-    yield norms.measure, of_block | bounds | floats("prev_norms") | sums, wide | read | {"CORRECTED": True} | lanes
+    clip, scales = floats("factor"), {"SCALES": True}
+    measured = wide | read | scales | {"CORRECTED": True} | lanes
+    yield norms.measure, of_block | bounds | floats("prev_norms") | sums | clip, measured
     yield (
         norms.judge,
         of_tensor | bounds | floats("prev_norms", "norms_of_g") | {"sums_of_g": "*fp64"} | known,
         wide | reduced,
     )
-    rest = of_tensor | {"n": "i32"} | numbers("kappa") | known | {"sums_of_c": "*fp64"}
-    yield norms.measure_rest, rest, wide | read | lanes | reduced
+    rest = of_tensor | {"n": "i32"} | numbers("kappa") | known | {"sums_of_c": "*fp64"} | clip
+    yield norms.measure_rest, rest, wide | read | scales | lanes | reduced
     yield norms.add_blocks, of_tensor | {"sums": "*fp64", "totals": "*fp64"}, reduced
     for spread in (False, True):
         flags = {"CORRECTED": True, "CLIPS": True, "SPREAD": spread, "RAISES": True, "IS_ADAMW": True}
@@ -92,14 +94,14 @@ def kernel_cases(dtype):
         hyperparameters = numbers("kappa", "beta1", "beta2", "eps", "gamma", "lr", "decay")
         yield (
             update.update,
-            of_block | hyperparameters | results | floats("flag", "norms_of_g"),
-            wide | read | lanes | flags | types,
+            of_block | hyperparameters | results | floats("flag", "norms_of_g", "factor"),
+            wide | read | scales | lanes | flags | types,
         )
     of_run = of_block | dict.fromkeys(("first_block", "first_tensor", "size"), "i32")
     lanes |= {"STACK_ALIGNED": True}
     flags = {"M_DTYPE": dtype, "CORRECTED": True, "KEEPS_LAST_GRAD": True, "CLIPS": True}
-    momentum = of_run | numbers("kappa", "beta1", "gamma") | floats("clip_factors", "flag", "norms_of_g")
-    yield matrices.momentum, momentum | {"stack": "*bf16"}, wide | read | lanes | flags
+    momentum = of_run | numbers("kappa", "beta1", "gamma") | floats("clip_factors", "flag", "norms_of_g") | clip
+    yield matrices.momentum, momentum | {"stack": "*bf16"}, wide | read | scales | lanes | flags
     move = of_run | numbers("rate", "decay") | floats("flag") | {"stack": "*bf16"}
     yield matrices.move, move, wide | lanes | {"X_DTYPE": dtype, "COMPENSATED": dtype == tl.bfloat16}
     del lanes["STACK_ALIGNED"]
