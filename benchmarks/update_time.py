@@ -29,13 +29,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_mars import MarsAdamW, MarsLion, MarsShampoo
 
 REGIMES = {"quiet": 0.9, "clipped": 2.7, "long": 0.9}  # the total norm
-DEMO = {
-    "vocab_size": 512,
-    "n_positions": 128,
-    "n_embd": 128,
-    "n_layer": 4,
-    "n_head": 4,
-}  # of run_clm.py
+# run_clm.py's model where no argument asks for another one.
+DEMO = {"vocab_size": 512, "n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
 
 
 def clip_by_torch(optimizer, params):
@@ -63,6 +58,10 @@ def parameter_sets():
     }
 
 
+def of_matrices(params):
+    return MarsShampoo([{"params": params, "kind": "matrix"}])
+
+
 # name -> (what makes the optimizer, its clip, words per parameter that the regimes "quiet" and "clipped" move)
 ELEMENTWISE = {
     "AdamW(fused=True)": (lambda ps: torch.optim.AdamW(ps, fused=True), clip_by_torch, (10, 10)),
@@ -75,9 +74,10 @@ ELEMENTWISE = {
 }
 ORTHOGONAL = {
     "AdamW(fused=True)": ELEMENTWISE["AdamW(fused=True)"],
-    "torch.optim.Muon": (torch.optim.Muon, clip_by_torch, None),
-    "MarsShampoo, torch's clip": (MarsShampoo, clip_by_torch, None),
+    "MarsShampoo": (of_matrices, clip_by_ours, None),
 }
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    ORTHOGONAL["torch.optim.Muon"] = (torch.optim.Muon, clip_by_torch, None)
 
 
 def gradients_of(shapes):
