@@ -33,7 +33,7 @@ def check_words(argv: list[str]) -> None:
     Args:
         argv: as for `command_line.parse_arguments`.
     """
-    given = dict(_given(argv))
+    given = dict(words_given(argv))
     names = _names()
     for name, value in given.items():
         if names and not _is_known(name, names):
@@ -72,7 +72,7 @@ def unknown_argument(name: str, value: str | None, names: set[str]) -> UsageErro
     return UsageError(f"unknown argument --{name}; the nearest valid one is --{words}")
 
 
-def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+def words_given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
     """Names and values, of a file of arguments first; None for an argument without a value."""
     if argv and argv[0].endswith(ARGUMENT_FILES):
         values, argv = values_of_file(Path(argv[0])), argv[1:]
