@@ -41,7 +41,7 @@ class MarsTrainingArguments(TrainingArguments):
         default=True,
         metadata={
             "help": "Clip by max_grad_norm in the pass of the optimizer's step (with MarsTrainer; docs/performance.md). "
-            "False: by torch.nn.utils.clip_grad_norm_, which gives the stock Trainer's run bit for bit."
+            "False: by torch.nn.utils.clip_grad_norm_, with the stock Trainer's run bit for bit."
         },
     )
     max_skipped_steps: int = field(

@@ -1,4 +1,4 @@
-"""MarsTrainer's clip by the total norm: in the pass of the step itself where that is safe, else by torch's function."""
+"""MarsTrainer's clip by the total norm: in the pass of the step itself where that is safe, else by torch."""
 
 from __future__ import annotations
 

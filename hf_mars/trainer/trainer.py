@@ -37,12 +37,14 @@ class _Update(NamedTuple):
 class MarsTrainer(Trainer):
     """A drop-in `transformers.Trainer` that also trains with `optim_args="exact=true"`.
 
-    With any other setting it gives the same run as the stock Trainer, but for the rounding of the gradients' total norm,
-    which the step takes along (`hf_mars.trainer.clipping`; with `args.fuse_clip=False` bit for bit), and but that it takes
-    no step where the checkpoint that it resumes has all of them: Trainer takes one more each time. In exact mode all micro-batches of
-    an update are first evaluated at x_{t−1}, then at x_t, each time with the same random numbers (dropout), loss
-    scaling and clipping by the evaluation's own global norm. Logged loss, gradient norm and token counts are those of
-    the evaluation at x_t; total_flos counts both.
+    With any other setting it gives the same run as the stock Trainer with two exceptions: it takes no step where the
+    checkpoint that it resumes has all of them (Trainer takes one more each time); and the step takes the clip by
+    `max_grad_norm` along, whose norm is rounded otherwise (`hf_mars.trainer.clipping`; with `args.fuse_clip=False` the
+    runs are equal bit for bit).
+
+    In exact mode all micro-batches of an update are first evaluated at x_{t−1}, then at x_t, each time with the same
+    random numbers (dropout), loss scaling and clipping by the evaluation's own global norm. Logged loss, gradient norm
+    and token counts are those of the evaluation at x_t; total_flos counts both.
 
     Diagnostics of logged steps are logged with the loss (`MarsDiagnosticsCallback`) unless `args.mars_diagnostics` is
     False.

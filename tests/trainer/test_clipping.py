@@ -63,7 +63,6 @@ def test_the_norm_without_a_clip_takes_one_read(tmp_path, monkeypatch):
 
 
 def test_diagnostics_are_those_of_clipped_gradients(tmp_path):
-    """In float64 of nothing but rounding do they differ."""
     fused, first = (train(tmp_path, max_grad_norm=0.1, fuse_clip=choice) for choice in (True, False))
     for key in ("mars/correction_ratio", "mars/gradient_cosine"):
         assert logged(fused, key) == pytest.approx(logged(first, key), rel=1e-3), key
