@@ -31,6 +31,7 @@ test: $(VENV)/.with-test
 # Every engine with every setting of it: before a release, and when hf_mars/optim/sharding changes.
 test-engines: $(VENV)/.with-test
 	$(PYTEST) tests/engines
+	$(PYTEST) -m exhaustive --ignore tests/engines
 
 # For the loop of everyday work: without the tests that train for long or start processes.
 test-fast: $(VENV)/.with-test

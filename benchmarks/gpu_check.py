@@ -43,6 +43,7 @@ import torch
 
 TESTS = [
     "tests/optim/test_gpu_kernels.py",
+    "tests/optim/test_gpu_matrices.py",
     "tests/optim/test_kernels.py",
     "tests/optim/test_accelerators.py",
     "tests/optim/test_capture.py",

@@ -2,10 +2,10 @@
 
     python benchmarks/update_time.py [--threads 1 2] [--sets "GPT-2 small" …] [--json FILE]
 
-torch's optimizers clip with `torch.nn.utils.clip_grad_norm_`, ours with `optimizer.clip_grad_norm_`, and, in rows named
-"torch's clip", with torch's. Float32, one process; the optimizers take turns, so that the machine's other load falls
-on all alike; medians of the times, and of the ratios, turn by turn, to AdamW's. Gradients are new tensors in every
-update, as a backward pass leaves them, in three regimes:
+torch's optimizers clip with `torch.nn.utils.clip_grad_norm_`, ours with `optimizer.clip_grad_norm_`, and, in rows
+named "torch's clip", with torch's. Float32, one process; the optimizers take turns, so that the machine's other load
+falls on all alike; medians of the times, and of the ratios, turn by turn, to AdamW's. Gradients are new tensors in
+every update, as a backward pass leaves them, in three regimes:
 
 - "quiet": the norm of each tensor is 0.9/√n of n tensors, so that the total, 0.9, is not clipped, and ‖g_t‖ alone says
   that no ‖c_t‖ reaches max_norm=1;
@@ -29,8 +29,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_mars import MarsAdamW, MarsLion, MarsShampoo
 
 REGIMES = {"quiet": 0.9, "clipped": 2.7, "long": 0.9}  # the total norm
-# Of run_clm.py without arguments: `hf_mars.clm.model.SMALL_GPT2`, and its vocabulary.
-DEMO = {"vocab_size": 1024, "n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
+# run_clm.py's model where no argument asks for another one.
+DEMO = {"vocab_size": 512, "n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
 
 
 def clip_by_torch(optimizer, params):
@@ -58,6 +58,10 @@ def parameter_sets():
     }
 
 
+def of_matrices(params):
+    return MarsShampoo([{"params": params, "kind": "matrix"}])
+
+
 # name -> (what makes the optimizer, its clip, words per parameter that the regimes "quiet" and "clipped" move)
 ELEMENTWISE = {
     "AdamW(fused=True)": (lambda ps: torch.optim.AdamW(ps, fused=True), clip_by_torch, (10, 10)),
@@ -70,9 +74,10 @@ ELEMENTWISE = {
 }
 ORTHOGONAL = {
     "AdamW(fused=True)": ELEMENTWISE["AdamW(fused=True)"],
-    "torch.optim.Muon": (torch.optim.Muon, clip_by_torch, None),
-    "MarsShampoo, torch's clip": (MarsShampoo, clip_by_torch, None),
+    "MarsShampoo": (of_matrices, clip_by_ours, None),
 }
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    ORTHOGONAL["torch.optim.Muon"] = (torch.optim.Muon, clip_by_torch, None)
 
 
 def gradients_of(shapes):

@@ -2,6 +2,10 @@
 
 import gc
 import os
+import signal
+
+# A shell that runs the tests in the background ignores it, and so would the scripts that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for offline in ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[offline] = "1"

@@ -42,24 +42,26 @@ def percent(part: float | None) -> str:
 
 
 def summary(name: str) -> str:
-    """Each optimizer at its best learning rate; seconds where they were measured."""
-    _, comparison = read(name)
+    """Each optimizer at its best learning rate; steps where there are curves, seconds where they were measured."""
+    rows, comparison = read(name)
     base = comparison.baseline
-    timed = base.seconds_per_step is not None
-    head = ["optimizer", "learning rate", "seeds", "loss", f"difference from {base.label}", "steps to its loss"]
-    head += ["seconds to it"] * timed + ["bytes of state per parameter"]
+    curves = comparison.curve_kind == "evaluation"
+    timed = any(row["kind"] == "timing" for row in rows)
+    head = ["optimizer", "learning rate", "seeds", "loss", f"difference from {base.label}"]
+    head += ["steps to its loss"] * curves + ["seconds to it"] * timed + ["bytes of state per parameter"]
     lines = []
     for s in comparison.summaries:
         if s.best is None:
             lines.append([s.label, "none came through", *["—"] * (len(head) - 2)])
             continue
-        at_edge = {"lower": " (lowest tried)", "upper": " (highest tried)", None: ""}[s.edge]
+        at_edge = AT_EDGE[s.edge]
         rate, loss = f"{s.best.learning_rate:g}{at_edge}", f"{mean(s.losses):.3f}"
         difference, steps, seconds = "—", "—", "—"
         if s.difference is not None:
             difference, steps = plus_minus(s.difference), percent(s.part_of_steps)
             seconds = percent(s.part_of_seconds)
-        lines.append([s.label, rate, str(len(s.losses)), loss, difference, steps, *[seconds] * timed, state(s)])
+        measured = [steps] * curves + [seconds] * timed
+        lines.append([s.label, rate, str(len(s.losses)), loss, difference, *measured, state(s)])
     return markdown(head, lines)
 
 
@@ -101,7 +103,9 @@ TASKS = {
     "pretrain_docs": "from scratch, documentation",
     "finetune": "full fine-tuning",
     "lora": "LoRA",
+    "finetune_real": "full fine-tuning, SmolLM2-135M",
 }
+AT_EDGE = {"lower": " (lowest tried)", "upper": " (highest tried)", None: ""}
 ADAMW, MARS_M = "mars_adamw, rate matched", "mars_m (0.9, 0.99) γ 0.05"
 
 
@@ -114,13 +118,13 @@ def overview() -> str:
         _, comparison = read(name)
         base = comparison.baseline
         assert base.best is not None
-        cells = [task, f"{base.best.learning_rate:g}" + (" (highest tried)" if base.edge == "upper" else "")]
+        cells = [task, f"{base.best.learning_rate:g}{AT_EDGE[base.edge]}"]
         for label in (ADAMW, MARS_M):
             s = next(s for s in comparison.summaries if s.label == label)
             at_rate = at_the_baselines_rate(name, label)
             assert s.best is not None and s.difference is not None and at_rate is not None
             ratio = s.best.learning_rate / base.best.learning_rate
-            best = f"{plus_minus(s.difference)} at {ratio:.2g} ×" + (" (highest tried)" if s.edge == "upper" else "")
+            best = f"{plus_minus(s.difference)} at {ratio:.2g} ×{AT_EDGE[s.edge]}"
             cells += [plus_minus(at_rate), best]
         lines.append(cells)
     return markdown(head, lines)

@@ -10,7 +10,7 @@ from hf_mars import MarsTrainingArguments
 
 from .argument_files import arguments_of, values_of_file
 from .arguments import DataTrainingArguments, ModelArguments, RunArguments
-from .early import ARGUMENT_FILES, check_words, unknown_argument
+from .early import ARGUMENT_FILES, check_words, unknown_argument, words_given
 from .errors import UsageError
 
 DESCRIPTION = (
@@ -49,6 +49,7 @@ def parse_arguments(argv: list[str], program: str | None = None) -> Arguments:
     # None tells "not given" from "false", which TrainingArguments cannot. A job has one log, not one per node.
     parser.set_defaults(do_train=None, do_eval=None, log_on_each_node=False)
     check_words(argv)
+    words = argv
     if argv and argv[0].endswith(ARGUMENT_FILES):
         values, argv = values_of_file(Path(argv[0])), argv[1:]
         if any(argument.startswith(("--train_file", "--validation_file")) for argument in argv):
@@ -74,6 +75,8 @@ def parse_arguments(argv: list[str], program: str | None = None) -> Arguments:
         key, _, value = unknown[0].lstrip("-").partition("=")
         raise unknown_argument(key.replace("-", "_"), value or None, names)
     model_args, data_args, run_args, training_args = parsed
+    # A resumed run takes what was written, though it be transformers' default: see hf_mars.trainer.resuming.
+    training_args.given_fields = tuple(name for name, _ in words_given(words))
     if training_args.do_train is None and training_args.do_eval is None:
         training_args.do_train = True
         # Without a text for it there is no evaluation; whether a data set has one shows later.

@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +33,7 @@ def check_words(argv: list[str]) -> None:
     Args:
         argv: as for `command_line.parse_arguments`.
     """
-    given = dict(_given(argv))
+    given = dict(words_given(argv))
     names = _names()
     for name, value in given.items():
         if names and not _is_known(name, names):
@@ -42,6 +43,11 @@ def check_words(argv: list[str]) -> None:
         raise UsageError(f"--optim {optim}: {nearest_optimizer(optim)}")
     if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(f"--deepspeed {given['deepspeed']}: needs the package deepspeed: pip install deepspeed")
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # nodes may see different disks: `run.find_start` asks all of them
+        _check_files(given)
+
+
+def _check_files(given: dict[str, str | None]) -> None:
     for name in _HUB_OR_FOLDER:
         value = given.get(name)
         if value and _is_a_path(value) and not Path(value).exists():
@@ -66,7 +72,7 @@ def unknown_argument(name: str, value: str | None, names: set[str]) -> UsageErro
     return UsageError(f"unknown argument --{name}; the nearest valid one is --{words}")
 
 
-def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+def words_given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
     """Names and values, of a file of arguments first; None for an argument without a value."""
     if argv and argv[0].endswith(ARGUMENT_FILES):
         values, argv = values_of_file(Path(argv[0])), argv[1:]

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from hf_mars import MarsTrainer, MarsTrainingArguments
 from hf_mars.trainer.checkpoint_saving import is_disk_full
 from hf_mars.trainer.checkpoints import CheckpointError, ResumeError
-from hf_mars.trainer.nodes import once_per_node
+from hf_mars.trainer.nodes import OtherNodeError, once_per_node
 from hf_mars.trainer.signals import TrainingStopped
 from hf_mars.trainer.skipping import NotFiniteError
 
@@ -174,8 +174,12 @@ def find_start(arguments: Arguments) -> tuple[str | None, list[Path]]:
         check_writable(Path(str(training_args.output_dir)))
         if run_args.global_batch_size is not None:
             set_accumulation(run_args.global_batch_size, training_args)
-        if training_args.do_train:
+    if training_args.do_train:
+        try:
             checkpoint = once_per_node(training_args, lambda: checkpoint_to_resume(training_args, run_args))
+        except OtherNodeError as error:
+            raise UsageError(str(error)) from None
+        with all_or_none():
             if run_args.overwrite_output_dir:
                 sources = [model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name]
                 stale = files_of_previous_run(Path(str(training_args.output_dir)), sources)

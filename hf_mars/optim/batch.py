@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor
 
 from .algorithm.correction import relative_update_rms
 from .clip import Clip
-from .exact import PreviousPoint
 from .form import Form, kappa_of
 from .groups import Group
 from .last_grad import keep, keep_unless
@@ -42,6 +43,7 @@ class Batch:
     is_whole: bool = True  # this process holds all of every parameter
     adjusts_lr: bool = False  # whether `adjust_lr_fn` is about this update, MARS-AdamW's
     replicas: Ranks | None = None  # ranks that hold equal parameters and gradients, where that is known
+    first: Tensor | None = None  # of the group's parameters in it: what is known of it between steps is kept with that
     factor: float | Tensor | None = None  # f of the global clip: g_t is f · grads; None: 1
     norms: list[float] | None = None  # ‖·‖₂ of grads, where that clip has measured them
     plan: Any = None  # what kernels know of its tensors
@@ -114,11 +116,52 @@ class Batch:
         return replace(self, **{**values, "plan": None})
 
 
+Gradients = Callable[[list[Tensor], list[Part], list[Tensor]], list[Tensor]]
+
+
+class Seen:
+    """What has been found out about parameters of a group, and holds as long as nothing has changed.
+
+    Hundreds of small tensors may be looked at in as long as their step takes.
+    """
+
+    def __init__(self, group: Group, params: list[Tensor], form: Form, parts_of_each: list[list[Part]]):
+        self.form, self.dtype = form, params[0].dtype
+        self.counts = [len(parts) for parts in parts_of_each]  # flat tensors have several parts
+        self.has_several = any(count != 1 for count in self.counts)
+        self.parts = [part for parts in parts_of_each for part in parts]
+        self.is_whole = all(part is WHOLE for part in self.parts)
+        self._settings = [group[key] for key in _DECISIVE]
+        self._lengths = {len(state_keys(self.dtype, group, form))}
+
+    def watch(self, params: list[Tensor]) -> None:
+        """Take note of which parameters these are, for `holds`."""
+        self._ids = list(map(id, params))
+        # Until one of them is no more. The function must not know what it is kept in: that would be a circle.
+        alive = self._alive = [True]
+        self._references = [weakref.ref(param, lambda _: alive.clear()) for param in params]
+
+    def holds(self, group: Group, params: list[Tensor], states: list[State]) -> bool:
+        """Whether these are the parameters, and neither their dtype nor their states nor settings are others."""
+        return (
+            bool(self._alive)
+            and list(map(id, params)) == self._ids
+            and {param.dtype for param in params} == {self.dtype}
+            and [group[key] for key in _DECISIVE] == self._settings
+            and set(map(len, states)) == self._lengths
+        )
+
+
+# Settings from which the forms, states and parts of a group's parameters follow.
+_DECISIVE = ("update", "exact", "gamma", "betas", "max_norm", "skip_nonfinite", "kahan_sum")
+
+
 def collect(
     groups: list[Group],
     state: Mapping[Tensor, State],
     forms: dict[Tensor, Form],
-    previous_point: PreviousPoint,
+    seen: dict[int, Seen],
+    gradients_at_previous_point: Gradients,
     originals: Originals,
     made: list[Made],
     clip: Clip | None = None,
@@ -132,7 +175,8 @@ def collect(
         groups: the optimizer's param_groups.
         state: the optimizer's.
         forms: of each parameter that has a state; brought up to date.
-        previous_point: has the gradients at x_{t−1} of exact groups.
+        seen: by the place of a group, what is known of its parameters; brought up to date.
+        gradients_at_previous_point: of exact groups, see `PreviousPoint.gradients`.
         originals: knows what lies in flat tensors.
         made: gets the parameters whose state was made or added to.
         clip: of the gradients.
@@ -143,12 +187,37 @@ def collect(
         RuntimeError: a gradient is sparse; or see `Originals.parts_of`.
     """
     batches = []
-    for group in groups:
-        alike = _alike([param for param in group["params"] if param.grad is not None])
-        form = decide_form(group, state, forms) if alike else Form.PLAIN
-        for params in alike:
-            batch = _batch(group, params, state, forms, form, previous_point, originals, made, clip)
-            batches.append(replace(batch, adjusts_lr=adjusts_lr and group["update"] == "adamw", replicas=replicas))
+    for place, group in enumerate(groups):
+        params = group["params"]
+        grads = [param.grad for param in params]
+        if NoneType in set(map(type, grads)):
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+        if not params:
+            continue
+        check_dense(grads)
+        known = seen.get(place)
+        if known is not None and known.holds(group, params, states := list(map(state.__getitem__, params))):
+            batches.append(_batch(group, params, grads, states, known, gradients_at_previous_point))
+            continue
+        form = decide_form(group, state, forms)
+        for alike in _alike(params):
+            parts_of_each = [originals.parts_of(param, group) for param in alike]
+            states = [state[param] for param in alike]
+            factor = None if clip is None else clip.factor_on(alike[0].device)
+            _bring_into_form(alike, states, group, form, forms, made, factor)
+            known = Seen(group, alike, form, parts_of_each)
+            if not torch.compiler.is_compiling():
+                known.watch(alike)
+                seen[place] = known
+            grads = [param.grad for param in alike]
+            batches.append(_batch(group, alike, grads, states, known, gradients_at_previous_point))
+    for batch in batches:
+        batch.adjusts_lr, batch.replicas = adjusts_lr and batch.group["update"] == "adamw", replicas
+        if clip is not None:
+            batch.factor = clip.factor_on(batch.params[0].device)
+            if batch.is_whole and clip.norms:
+                batch.norms = [clip.norms[param] for param in batch.params]
     return batches
 
 
@@ -162,26 +231,16 @@ def _alike(params: list[Tensor]) -> list[list[Tensor]]:
     return list(lists.values())
 
 
-def _batch(
-    group: Group,
+def _bring_into_form(
     params: list[Tensor],
-    state: Mapping[Tensor, State],
-    forms: dict[Tensor, Form],
+    states: list[State],
+    group: Group,
     form: Form,
-    previous_point: PreviousPoint,
-    originals: Originals,
+    forms: dict[Tensor, Form],
     made: list[Made],
-    clip: Clip | None,
-) -> Batch:
-    own_grads: list[Any] = [param.grad for param in params]  # hundreds of small tensors take as long as their step
-    for grad in own_grads:
-        check_dense(grad)
-    factor = None if clip is None else clip.factor_on(params[0].device)
-    known_norms = clip.norms if clip is not None else {}
+    factor: float | Tensor | None,
+) -> None:
     complete = state_keys(params[0].dtype, group, form)
-    # Flat tensors have several parts; below, every list has an entry per part.
-    parts_of_each = [originals.parts_of(param, group) for param in params]
-    states = [state[param] for param in params]
     for param, own in zip(params, states, strict=True):
         if own.keys() != complete or forms.get(param) is not form:
             before = frozenset(own)
@@ -189,26 +248,32 @@ def _batch(
             if own.keys() - before:
                 made.append((param, before))
             forms[param] = form
+
+
+def _batch(
+    group: Group,
+    params: list[Tensor],
+    grads: list[Any],
+    states: list[State],
+    seen: Seen,
+    gradients_at_previous_point: Gradients,
+) -> Batch:
+    form, first = seen.form, params[0]
     is_adamw = group["update"] == "adamw"
     steps = [own["step"] for own in states] if is_adamw else []
-    if any(len(own) != 1 for own in parts_of_each):
+    if seen.has_several:
         # A flat tensor has one t for all: it serves the first part, copies of it the others.
-        counts = [len(own) for own in parts_of_each]
+        counts = seen.counts
         steps = [s for step, n in zip(steps, counts, strict=False) for s in (step, *step.repeat(n - 1).unbind())]
         params = [param for param, n in zip(params, counts, strict=True) for _ in range(n)]
-        states = [state[param] for param in params]
-    parts = [part for own in parts_of_each for part in own]
-    is_whole = all(part is WHOLE for part in parts)
-    grads = own_grads
+        grads = [grad for grad, n in zip(grads, counts, strict=True) for _ in range(n)]
+        states = [own for own, n in zip(states, counts, strict=True) for _ in range(n)]
+    parts, is_whole = seen.parts, seen.is_whole
     if not is_whole:  # an engine's buffers; which execution takes a part must not depend on the rank
-        grads = [
-            part.of(param.grad).contiguous()
-            for part, param in zip(parts, params, strict=True)
-            if param.grad is not None
-        ]
+        grads = [part.of(grad).contiguous() for part, grad in zip(parts, grads, strict=True)]
 
     def kept(key: str) -> list[Tensor]:
-        if is_whole:  # hundreds of small tensors take as long as their step
+        if is_whole:
             return [own[key] for own in states]
         return [part.of(own[key]) for part, own in zip(parts, states, strict=True)]
 
@@ -216,8 +281,7 @@ def _batch(
     if form is Form.APPROX:
         previous_grads = kept("last_grad")
     elif form is Form.EXACT and kappa_of(group) > 0:
-        previous_grads = previous_point.gradients(params, parts, grads)
-    norms = [known_norms[param] for param in params] if is_whole and known_norms else None
+        previous_grads = gradients_at_previous_point(params, parts, grads)
     return Batch(
         group,
         form,
@@ -227,16 +291,15 @@ def _batch(
         exp_avgs=kept("exp_avg"),
         exp_avg_sqs=kept("exp_avg_sq") if is_adamw else [],
         steps=steps,
-        compensations=kept("compensation") if needs_compensation(params[0].dtype, group) else [],
+        compensations=kept("compensation") if needs_compensation(seen.dtype, group) else [],
         states=states,
         parts=parts,
         is_whole=is_whole,
-        factor=factor,
-        norms=norms,
+        first=first,
     )
 
 
-def check_dense(grad: Tensor) -> None:
+def check_dense(grads: list[Tensor]) -> None:
     """Raise a RuntimeError where a gradient is sparse."""
-    if grad.is_sparse:
+    if True in [grad.is_sparse for grad in grads]:
         raise RuntimeError("MARS does not support sparse gradients; build the embedding with sparse=False")

@@ -215,7 +215,7 @@ def _norms(batches: list[Batch], corrected: list[list[Tensor]]) -> list[Norms]:
 
 def _clipped(c: list[Tensor], norms: Norms, max_norm: float, *, in_place: bool) -> list[Tensor]:
     """`correction.clipped`, in a kernel of ours that leaves alone what is not clipped, where there is one."""
-    if norms is None or not isinstance(norms[0], Tensor) or not gpu.divides(c):
+    if norms is None or not isinstance(norms[0], Tensor) or not gpu.takes(c):
         return clipped(c, norms or [], max_norm, in_place=in_place)
     c = c if in_place else list(torch._foreach_mul(c, 1.0))
     gpu.divide(c, (torch.stack(norms) / max_norm).clamp_(min=1.0))

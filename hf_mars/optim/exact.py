@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .algorithm.lion import pieces_of
 from .form import kappa_of
 from .groups import Group
+from .kernels import gpu
 from .sharding import Part, drop_gathered, part_of
 from .skipping import Skip
 
@@ -58,14 +60,13 @@ class PreviousPoint:
             raise RuntimeError("previous_point() needs an optimizer made with exact=True")
         if self._is_entered:
             raise RuntimeError("previous_point() is already entered; leave it before entering it again")
-        moved = [param for group in exact for param in group["params"] if "last_param" in state.get(param, {})]
-        pairs = [(param, state[param]["last_param"]) for param in moved]
+        moved = [moves for group in exact for moves in _moves_of(group, state)]
         params = [param for group in groups for param in group["params"]]
         self._is_entered = True
         try:
-            with _at_previous_point(pairs, params, self._grads):
+            with _at_previous_point(moved, params, self._grads):
                 yield
-            self._is_evaluated = bool(pairs)
+            self._is_evaluated = bool(moved)
         finally:
             self._is_entered = False
 
@@ -103,59 +104,100 @@ class PreviousPoint:
         for group in groups:
             if not group["exact"]:
                 continue
+            for moves in _moves_of(group, state):
+                moves.keep(skip.flag(moves.x[0].device))
             for param in group["params"]:
-                last_param = state.get(param, {}).get("last_param")
-                if last_param is not None:
-                    part = part_of(param)
-                    x, last_x, flag = part.of(param), part.of(last_param), skip.flag(param.device)
-                    last_x.copy_(x if flag is None else torch.where(flag > 0, last_x, x))
-                elif param.grad is not None:
+                if param.grad is not None and "last_param" not in state.get(param, {}):
                     state[param]["last_param"] = param.detach().clone(memory_format=torch.preserve_format)
+
+
+class _Moves:
+    """This process's parts of parameters and of their x_{t−1}: plain tensors of one dtype on one device.
+
+    By value, since engines and captured graphs keep the address of the parameter's memory.
+    """
+
+    def __init__(self, x: list[Tensor], last_x: list[Tensor], *, by_kernels: bool):
+        self.x, self.last_x = x, last_x
+        self._by_kernels = by_kernels and gpu.takes([*x, *last_x])
+
+    def pieces(self) -> Iterator[_Moves]:
+        """The same in pieces that can be swapped each: not more memory is taken than for one."""
+        if self._by_kernels:
+            yield self
+        else:
+            for x, last_x in pieces_of([x.detach() for x in self.x], self.last_x):
+                yield _Moves(x, last_x, by_kernels=False)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        if self._by_kernels:
+            gpu.swap(self.x, self.last_x)
+            return
+        kept = [torch.empty_like(x) for x in self.x]
+        torch._foreach_copy_(kept, self.x)
+        torch._foreach_copy_(self.x, self.last_x)
+        torch._foreach_copy_(self.last_x, kept)
+
+    def keep(self, flag: Tensor | None) -> None:
+        """x in the place of x_{t−1}, unless `flag` is raised."""
+        if self._by_kernels:
+            gpu.keep(self.x, self.last_x, flag)
+        elif flag is None:
+            torch._foreach_copy_(self.last_x, self.x)
+        else:
+            for x, last_x in zip(self.x, self.last_x, strict=True):
+                last_x.copy_(torch.where(flag > 0, last_x, x))
+
+
+@torch.no_grad()
+def _moves_of(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> list[_Moves]:
+    """Of the parameters that have an x_{t−1}."""
+    alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
+    for param in group["params"]:
+        last_param = state.get(param, {}).get("last_param")
+        if last_param is not None:
+            part = part_of(param)
+            alike.setdefault((param.dtype, param.device), []).append((part.of(param), part.of(last_param)))
+    by_kernels = bool(group["foreach"] is None and group["fused"])
+    return [_Moves(*map(list, zip(*pairs, strict=True)), by_kernels=by_kernels) for pairs in alike.values()]
 
 
 @contextlib.contextmanager
 def _at_previous_point(
-    pairs: list[tuple[Tensor, Tensor]], params: list[Tensor], previous_grads: dict[Tensor, Tensor]
+    moved: list[_Moves], params: list[Tensor], previous_grads: dict[Tensor, Tensor]
 ) -> Iterator[None]:
     """Inside, parameters hold x_{t−1}; on leaving they are x_t again, bit for bit, also after an exception.
 
     Args:
-        pairs: (parameter, its x_{t−1}) of the parameters that have moved; empty at the first step, where x_0 = x_1.
+        moved: of the parameters that have moved; empty at the first step, where x_0 = x_1.
         params: every parameter whose gradient is set aside on entry and brought back on leaving.
-        previous_grads: gradients made inside are added to this mapping, unless the body raises or `pairs` is empty.
+        previous_grads: gradients made inside are added to this mapping, unless the body raises or `moved` is empty.
 
     The random number generators are put back too: the evaluation that follows sees the same dropout masks (the same
     ξ_t), and the random stream of a run does not depend on whether the previous point was evaluated.
     """
     random_states = _random_states(params)
     set_aside = [_set_aside(param) for param in params]
-    swapped: list[tuple[Tensor, Tensor]] = []
+    swapped: list[_Moves] = []
     try:
-        for pair in pairs:
-            _swap(*pair)
-            swapped.append(pair)
+        for piece in (piece for moves in moved for piece in moves.pieces()):
+            piece.swap()
+            swapped.append(piece)
         drop_gathered(params)
         torch.clear_autocast_cache()  # an autocast region around both evaluations keeps the weights it has cast
         yield
-        if pairs:
+        if moved:
             _collect(params, previous_grads)
     finally:
-        for pair in swapped:
-            _swap(*pair)
+        for piece in swapped:
+            piece.swap()
         drop_gathered(params)
         torch.clear_autocast_cache()
         for param, (grad, values) in zip(params, set_aside, strict=True):
             param.grad = grad if grad is None or values is None else grad.copy_(values)
         for put_back, state in random_states:
             put_back(state)
-
-
-@torch.no_grad()
-def _swap(a: Tensor, b: Tensor) -> None:
-    # By value, since engines and captured graphs keep the address of the parameter's memory.
-    kept = a.clone()
-    a.copy_(b)
-    b.copy_(kept)
 
 
 def _set_aside(param: Tensor) -> tuple[Tensor | None, Tensor | None]:

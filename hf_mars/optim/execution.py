@@ -55,18 +55,19 @@ def by_execution(batches: list[Batch], taken: dict[str, dict[str, None]]) -> lis
         taken: gets, by kind of parameter, the executions in words (in the order of an ordered set).
     """
     chosen: dict[str, tuple[Execution, list[Batch]]] = {}
+    is_compiling = torch.compiler.is_compiling()
     for batch in batches:
-        for execution, some, why_not in _shares(batch):
-            if not torch.compiler.is_compiling():
+        for execution, some, why_not in _shares(batch, is_compiling):
+            if not is_compiling:
                 words = _NAMES[execution.__name__] + (f" ({why_not})" if why_not else "")
                 taken.setdefault(batch.group["kind"], {})[words] = None
             chosen.setdefault(execution.__name__, (execution, []))[1].append(some)
     return list(chosen.values())
 
 
-def _shares(batch: Batch) -> Iterator[tuple[Execution, Batch, str | None]]:
+def _shares(batch: Batch, is_compiling: bool) -> Iterator[tuple[Execution, Batch, str | None]]:
     """What of a batch kernels take, and the rest, which is composed, with the reason."""
-    if torch.compiler.is_compiling():
+    if is_compiling:
         yield composed, batch, "the compiler fuses torch's kernels by itself"
         return
     device = batch.params[0].device

@@ -74,8 +74,7 @@ class GlobalClip:
         """
         check_max_norm(max_norm)
         owned = [(param, group) for group in groups for param in group["params"] if param.grad is not None]
-        for param, _ in owned:
-            check_dense(param.grad)
+        check_dense([param.grad for param, _ in owned])
         norms: dict[Tensor, float] = {}
         if total_norm is None:
             total, norms = _total_norm(owned, originals)

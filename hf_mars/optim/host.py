@@ -27,10 +27,10 @@ def check_captured(groups: Iterable[Mapping[str, Any]]) -> None:
 
     They repeat the work on the device; what the host knows stays as it is. torch.optim asks for `capturable=True`.
     """
-    groups = [group for group in groups if any(param.grad is not None for param in group["params"])]
-    if not groups or not is_captured(groups[0]["params"][0]):
-        return
-    for group in groups:
+    chosen = [group for group in groups if group["params"] and is_captured(group["params"][0])]
+    for group in chosen:
+        if all(param.grad is None for param in group["params"]):
+            continue
         lr = group["lr"]
         if not isinstance(lr, Tensor) or lr.is_cpu:
             raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from typing import Any
 
@@ -99,7 +100,8 @@ class LastNorms:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Any]] = {}
-        self._vectors: dict[int, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], Tensor, int]] = {}
+        self._vectors: dict[int, tuple[list[weakref.ref[Tensor]], tuple[list[int], list[int]], Tensor, int]] = {}
+        self._is_asked = False
         self._trusted = hasattr(torch._C, "_data_address")  # without it, norms are measured anew
 
     def take(self, last_grads: list[Tensor]) -> list[Any]:
@@ -123,24 +125,39 @@ class LastNorms:
         None where they are not known, are those of other tensors or in another order, or were written on another
         stream of the device, whose memory may be reused by now.
         """
+        self._is_asked = True
         known = self._vectors.pop(id(last_grads[0]), None) if last_grads else None
         if known is None or known[3] != stream or len(known[0]) != len(last_grads):
             return None
         references, contents, norms, _ = known
-        are_the_same = all(reference() is t for reference, t in zip(references, last_grads, strict=True))
-        return norms if are_the_same and contents == [_contents(t) for t in last_grads] else None
+        are_the_same = all(map(operator.is_, map(_call, references), last_grads))
+        return norms if are_the_same and contents == _contents_of_all(last_grads) else None
 
     def remember_vector(self, last_grads: list[Tensor], norms: Tensor, stream: int) -> None:
         """The norms that `take_vector` is to return: one tensor on the device, which the host need not look at."""
         if self._trusted:
-            references = [weakref.ref(t) for t in last_grads]
-            self._vectors[id(last_grads[0])] = references, [_contents(t) for t in last_grads], norms, stream
+            references = list(map(weakref.ref, last_grads))
+            self._vectors[id(last_grads[0])] = references, _contents_of_all(last_grads), norms, stream
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether norms of vectors were ever wanted: else nobody need count the writes to "last_grad"."""
+        return self._is_asked
 
     def distrust(self) -> None:
         """Never remember anything again: a captured graph will write to g_{t−1} whenever it is replayed."""
         self._trusted = False
         self._known.clear()
         self._vectors.clear()
+
+
+_call = operator.methodcaller("__call__")  # of weak references
+
+
+def _contents_of_all(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """`_contents` of hundreds of tensors."""
+    addresses: list[int] = list(map(torch._C._data_address, tensors))  # type: ignore[attr-defined]
+    return list(map(operator.attrgetter("_version"), tensors)), addresses
 
 
 def _contents(tensor: Tensor) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _foreach_utils
 
-from .batch import collect
+from .batch import Seen, collect
 from .clip import Clip
 from .exact import PreviousPoint
 from .execution import by_execution, fused_in_effect
@@ -109,6 +109,7 @@ class Mars(Optimizer):
     def _start_anew(self) -> None:
         """Everything that is known beside the state."""
         self._forms: dict[Tensor, Form] = {}
+        self._seen: dict[int, Seen] = {}
         self._last_norms = LastNorms()
         self._previous_point = PreviousPoint()
         self.global_clip = GlobalClip()
@@ -165,7 +166,8 @@ class Mars(Optimizer):
             self.param_groups,
             self.state,
             self._forms,
-            self._previous_point,
+            self._seen,
+            self._previous_point.gradients,
             self._originals,
             made,
             clip,

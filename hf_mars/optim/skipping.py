@@ -75,10 +75,13 @@ def norms_to_skip_by(
     groups: list[Group], previous_grads: Mapping[Tensor, Tensor], originals: Originals
 ) -> list[Tensor]:
     """‖g_t‖₂, and ‖∇f(x_{t−1}, ξ_t)‖₂ where that was evaluated, of the parameters of groups with `skip_nonfinite`."""
+    groups = [group for group in groups if group["skip_nonfinite"]]
+    if not groups:
+        return []
     tensors: list[Tensor] = []
     parts: list[Part] = []
     for group in groups:
-        for param in group["params"] if group["skip_nonfinite"] else ():
+        for param in group["params"]:
             if param.grad is None or param.grad.is_sparse:
                 continue
             own = originals.parts_of(param, group)

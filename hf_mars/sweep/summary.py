@@ -103,10 +103,13 @@ def compare(rows: list[Row], labels: list[str]) -> Comparison:
         shared = [row for row in runs if row["seed"] in base_losses] or runs
         curve = mean_curve(shared, kind)
         seconds = _seconds_per_step(rows, setting)
+        difference = paired(own[setting], base_losses) if setting and label != labels[0] else None
         part = part_seconds = None
         if label != labels[0] and base_curve and curve:
             step = reaches(curve, base_curve[-1].loss)
-            part = None if step is None else step / base_curve[-1].step
+            # Training losses are noisy: none is taken for reached where the final loss is above the baseline's.
+            is_above = difference is not None and difference.mean > 0
+            part = None if step is None or (is_above and kind == "training") else step / base_curve[-1].step
             if part is not None and seconds is not None and base_seconds is not None:
                 part_seconds = part * seconds / base_seconds
         states = [row["state_bytes"] for row in runs if row["state_bytes"] is not None]
@@ -117,7 +120,7 @@ def compare(rows: list[Row], labels: list[str]) -> Comparison:
                 best=setting,
                 edge=edge(setting, own) if setting else None,
                 losses=own[setting] if setting else {},
-                difference=paired(own[setting], base_losses) if setting and label != labels[0] else None,
+                difference=difference,
                 curve=curve,
                 part_of_steps=part,
                 part_of_seconds=part_seconds,

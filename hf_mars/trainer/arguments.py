@@ -40,8 +40,8 @@ class MarsTrainingArguments(TrainingArguments):
     fuse_clip: bool = field(
         default=True,
         metadata={
-            "help": "Clip by max_grad_norm in the pass of the optimizer's step (with MarsTrainer; docs/performance.md). "
-            "False: by torch.nn.utils.clip_grad_norm_, with the stock Trainer's run bit for bit."
+            "help": "Clip by max_grad_norm in the pass of the optimizer's step (MarsTrainer; docs/performance.md). "
+            "False: by torch.nn.utils.clip_grad_norm_, which gives the stock Trainer's run bit for bit."
         },
     )
     max_skipped_steps: int = field(
@@ -65,6 +65,7 @@ class MarsTrainingArguments(TrainingArguments):
             raise ValueError(f"checkpoint_checksums must be 'small' or 'full', got {self.checkpoint_checksums!r}")
         if not self.max_skipped_steps >= 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {self.max_skipped_steps!r}")
+        self.given_fields: tuple[str, ...] = ()  # written on a command line that somebody has parsed
         # Which betas were given: a resumed run takes those, and keeps the others as they were saved.
         self.given_betas = tuple(name for name in MARS_BETAS if getattr(self, name) is not None)
         for name, mars_beta in MARS_BETAS.items():

@@ -1,12 +1,10 @@
-"""MarsTrainer's clip by the total norm: in the pass of the step itself where that is safe, else by torch."""
+"""MarsTrainer's clip by the total norm: in the pass of the step where that is safe, else by torch's function."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import is_sagemaker_mp_enabled, logging
 
 from ..optim.execution import why_composed
@@ -15,15 +13,12 @@ from .callbacks import mars_optimizer
 from .names import mars_name
 from .skipping import check_finite
 
-if TYPE_CHECKING:
-    from .trainer import MarsTrainer
-
 logger = logging.get_logger(__name__)
 
 OTHER_ENGINES = (DistributedType.DEEPSPEED, DistributedType.XLA, DistributedType.MEGATRON_LM)
 
 
-def clip(trainer: MarsTrainer, model: nn.Module, max_norm: float) -> Tensor | None:
+def clip(trainer: Trainer, model: nn.Module, max_norm: float, reasons: list[str]) -> Tensor | None:
     """The total norm of the gradients, whose clip the optimizer's next step takes along; None where torch is to clip.
 
     The log says why at INFO, once for each reason.
@@ -32,6 +27,7 @@ def clip(trainer: MarsTrainer, model: nn.Module, max_norm: float) -> Tensor | No
         trainer: whose optimizer takes the step next.
         model: whose gradients are clipped.
         max_norm: largest norm; `math.inf` clips nothing.
+        reasons: those that the log has said; gets the new one.
 
     Raises:
         NotFiniteError: see `hf_mars.trainer.skipping.check_finite`.
@@ -41,8 +37,8 @@ def clip(trainer: MarsTrainer, model: nn.Module, max_norm: float) -> Tensor | No
         return None
     reason = why_not(trainer, model, optimizer)
     if reason is not None:
-        if reason not in trainer.reasons_to_clip_first:
-            trainer.reasons_to_clip_first.append(reason)
+        if reason not in reasons:
+            reasons.append(reason)
             logger.info(f"gradients are clipped by torch.nn.utils.clip_grad_norm_, in passes of its own: {reason}")
         return None
     if mars_name(trainer.args) is not None:
@@ -51,7 +47,7 @@ def clip(trainer: MarsTrainer, model: nn.Module, max_norm: float) -> Tensor | No
     return optimizer.clip_grad_norm_(max_norm)
 
 
-def why_not(trainer: MarsTrainer, model: nn.Module, optimizer: Mars) -> str | None:
+def why_not(trainer: Trainer, model: nn.Module, optimizer: Mars) -> str | None:
     """Why the step cannot take the clip along; None where it can. The same on every rank."""
     if not getattr(trainer.args, "fuse_clip", True):
         return "fuse_clip=False"

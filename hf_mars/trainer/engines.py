@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
+from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -50,6 +51,21 @@ def check_engine(args: TrainingArguments, settings: dict[str, Any]) -> None:
             f"optim_args exact=true does not work with {args.n_gpu} GPUs in one process (torch.nn.DataParallel): the "
             "two gradients of an update would see different dropout masks; start one process per GPU "
             f"(torchrun --nproc_per_node {args.n_gpu}, or accelerate launch), or use exact=false"
+        )
+
+
+def check_model(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuse a model that was loaded in a way that MARS does not work with.
+
+    Raises:
+        ValueError: transformers cut it into the stages of a pipeline.
+    """
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    stages = getattr(config, "pp_size", None) or 1
+    if stages > 1:
+        raise ValueError(
+            f"optim={optim_name(args)!r} does not work with pipeline parallelism (pp_size={stages}): each process "
+            "would train its own stage alone; load the model with fsdp_size, tp_size or ep_size instead"
         )
 
 

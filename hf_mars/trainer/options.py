@@ -22,7 +22,7 @@ from ..optim.kernels.cpu import is_compiled
 from ..optim.mars import Mars
 from .arguments import MARS_BETAS, MarsTrainingArguments
 from .defaults import mars_default, transformers_default
-from .engines import check_engine
+from .engines import check_engine, check_model
 from .names import OPTIM_ARGS, VARIANTS, optim_name
 
 logger = logging.get_logger(__name__)
@@ -258,9 +258,11 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         "process_group".
 
     Raises:
-        ValueError: see `checked_settings`; or MarsShampoo is not given the model.
+        ValueError: see `checked_settings` and `engines.check_model`; or MarsShampoo is not given the model.
     """
     optimizer_cls, kwargs = checked_settings(args)
+    if model is not None:
+        check_model(args, model)
     if args.device.type == "cpu" and not is_compiled():
         logger.warning(
             f"the compiled step of hf_mars is missing ({_why_not_compiled()}): steps on CPUs are composed of torch's "
@@ -269,6 +271,12 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
     if optimizer_cls is MarsShampoo:
         if model is None:
             raise ValueError(f"optim={optim_name(args)!r} needs the model, to tell embeddings from hidden matrices")
+        if getattr(model, "name_or_path", "") and all(param.requires_grad for param in model.parameters()):
+            logger.warning_once(
+                f"optim={optim_name(args)!r} tunes all weights of a pretrained model: if Adam pretrained it, such "
+                "updates can degrade it (docs/guide.md); mars_adamw, or LoRA, is the safe choice, and hf_mars.sweep "
+                "tells"
+            )
         kwargs["roles"] = parameter_roles(model)
         if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
             kwargs["process_group"] = torch.distributed.group.WORLD

@@ -55,7 +55,7 @@ def given(args: TrainingArguments) -> frozenset[str]:
     """The hyperparameters that `args` give explicitly.
 
     A field of TrainingArguments counts as given where its value is not transformers' default, since they do not keep
-    what was written; MarsTrainingArguments do for the betas.
+    what was written; MarsTrainingArguments do for the betas, and run_clm.py for its command line.
 
     Args:
         args: with a MARS name as `optim`.
@@ -65,7 +65,7 @@ def given(args: TrainingArguments) -> frozenset[str]:
         if isinstance(args, MarsTrainingArguments) and field in ("adam_beta1", "adam_beta2"):
             if field in args.given_betas:
                 names.add(name)
-        elif getattr(args, field) != transformers_default(field):
+        elif field in getattr(args, "given_fields", ()) or getattr(args, field) != transformers_default(field):
             names.add(name)
     return frozenset(names)
 

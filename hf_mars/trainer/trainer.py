@@ -187,12 +187,12 @@ class MarsTrainer(Trainer):
     # ---- the clip ----
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = clipping.clip(self, model, self.args.max_grad_norm)
+        norm = clipping.clip(self, model, self.args.max_grad_norm, self.reasons_to_clip_first)
         return super()._clip_grad_norm(model) if norm is None else norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # max_grad_norm=0: it is logged, and a step that it is not finite for is skipped
-            grad_norm = clipping.clip(self, model, math.inf)
+            grad_norm = clipping.clip(self, model, math.inf, self.reasons_to_clip_first)
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     # ---- exact mode ----

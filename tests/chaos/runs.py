@@ -127,7 +127,10 @@ def _run(setup, folder, rank, moment):
         if setup.processes > 1:
             dist.barrier()  # until all have looked
         if rank == 0:
-            (folder / "started.json").write_text(json.dumps(checkpoints.step_of(whole) if whole else 0))
+            # Whole or not at all: a kill may come at any moment.
+            unfinished = folder / "started.json.tmp"
+            unfinished.write_text(json.dumps(checkpoints.step_of(whole) if whole else 0))
+            unfinished.replace(folder / "started.json")
         trainer.train(resume_from_checkpoint=True if whole else None)
     except TrainingStopped as stopped:
         if setup.processes > 1:

@@ -84,3 +84,18 @@ def test_a_finished_run_goes_on_when_its_steps_are_raised(trained, tmp_path):
     metrics = run_main(*run, "--max_steps", 42)
     assert log_history(tmp_path)[-1]["step"] == 42 and metrics["train_loss"] > 0
     assert weights_of(tmp_path) != weights_of(tmp_path / "checkpoint-40")
+
+
+def test_what_is_written_takes_effect_though_it_is_the_default(tmp_path):
+    """`--weight_decay 0` after 0.1: transformers' default, and asked for."""
+    run = ("--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--do_train", "--save_steps", 1)
+    run = (*run, "--train_file", write_documents(tmp_path / "a.txt"))
+
+    def decay_after(step, *arguments):
+        run_main(*run, "--max_steps", step, *arguments)
+        groups = torch.load(tmp_path / "out" / f"checkpoint-{step}" / "optimizer.pt")["param_groups"]
+        return max(group["weight_decay"] for group in groups)
+
+    assert decay_after(1, "--weight_decay", 0.1) == 0.1
+    assert decay_after(2, "--resume_from_checkpoint", "true") == 0.1
+    assert decay_after(3, "--resume_from_checkpoint", "true", "--weight_decay", 0) == 0

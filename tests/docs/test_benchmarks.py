@@ -52,6 +52,7 @@ RUNS = {
     "state_bytes": ("", 26, None),
     "step_time": ("--steps 1 --device cpu", 18, tiny_step_time),
     "trainer_throughput": ("--turns 1 --steps 3", 5, tiny_trainer_throughput),
+    "update_time": ("--updates 1 --threads 1", 2 * 3 * 7 + 3 * 2, tiny_step_time),
 }
 
 

@@ -5,6 +5,7 @@ relative difference of a parameter; for "fsdp1" what each variant says to it.
 """
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS, BATCH = 8, 8
+RESUMED = 4  # steps after which a new model and optimizer go on from the state dicts of the old ones
 OPTIONS = {"clipped": {}, "unclipped": {"max_norm": None}, "exact": {"exact": True}}
 
 
@@ -82,9 +84,9 @@ def prepare(model, optimizer):
     return model, optimizer.optimizer
 
 
-def train(model, optimizer, inputs, targets, rows, *, set_to_none, micro_batches=1):
+def train(model, optimizer, inputs, targets, rows, *, set_to_none, micro_batches=1, first=0):
     clipped_steps = 0
-    for t, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+    for t, (x, y) in enumerate(zip(inputs[first:], targets[first:], strict=True), first):
 
         def backward(x=x[rows], y=y[rows], scale=0.01 * 3**t):  # clipping sets in on the way
             for i, (x_i, y_i) in enumerate(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)):
@@ -121,9 +123,20 @@ def largest_error(engine, make_optimizer, inputs, targets):
         optimizer = make_optimizer(model.parameters())
     part = dist.get_rank() * parts // dist.get_world_size()
     rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
-    # Reused gradient memory is DDP's trap; bucket views stay views only if they are zeroed in place.
-    set_to_none, micro_batches = engine != "ddp_bucket_view", 2 if engine == "ddp_no_sync" else 1
-    train(wrapped, optimizer, inputs, targets, rows, set_to_none=set_to_none, micro_batches=micro_batches)
+    how = {
+        # Reused gradient memory is DDP's trap; bucket views stay views only if they are zeroed in place.
+        "set_to_none": engine != "ddp_bucket_view",
+        "micro_batches": 2 if engine == "ddp_no_sync" else 1,
+    }
+    train(wrapped, optimizer, inputs[:RESUMED], targets[:RESUMED], rows, **how)
+    if engine != "fsdp2_accelerate":  # whose checkpoints are the Trainer's
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        model = make_model()
+        wrapped, _ = wrap(engine, model, dist.get_world_size())
+        optimizer = make_optimizer(model.parameters())
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+    train(wrapped, optimizer, inputs, targets, rows, first=RESUMED, **how)
     keys = [sorted(optimizer.state[p]) for p in model.parameters()]
     everyones_keys = [None] * dist.get_world_size()
     dist.all_gather_object(everyones_keys, keys)

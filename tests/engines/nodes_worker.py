@@ -45,13 +45,14 @@ def refusals(rank):
     write_documents(Path("differs.txt"), [f"Line {i}." for i in range(2000 + 10 * node)])
     if node == 0:
         write_documents(Path("text.txt"))
-        checkpoint = Path("resumed/checkpoint-5")
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        for name in ("trainer_state.json", "optimizer.pt"):
-            (checkpoint / name).touch()
     else:
         Path("full").mkdir(exist_ok=True)
         Path("full/notes.txt").touch()
+    run_main("--output_dir", "resumed", "--do_train", "--max_steps", 1, "--save_steps", 1, "--save_on_each_node")
+    dist.barrier()
+    if rank == 2:
+        shutil.rmtree("resumed")
+    dist.barrier()
     return {
         "missing text": attempt("--train_file", "text.txt", "--output_dir", "out"),
         "full folder": attempt("--output_dir", "full"),

@@ -33,9 +33,9 @@ def results(processes):
 @EVERY_METHOD
 @pytest.mark.parametrize("option", OPTIONS)
 def test_several_processes_equal_one(engine, method, option):
-    """float64, clipping active on some steps, with an evaluation before every update. Sums over shards are ordered
-    otherwise than on one process; Newton-Schulz multiplies such a rounding by up to 500, sign() is a matter of luck
-    only within 1e-16 of zero."""
+    """float64, clipping active on some steps, an evaluation before every update, resumed in the middle. Sums over
+    shards are ordered otherwise than on one process; Newton-Schulz multiplies such a rounding by up to 500, sign() is
+    a matter of luck only within 1e-16 of zero."""
     assert results(PROCESSES[engine])[engine][f"{method} {option}"] < 1e-10
 
 

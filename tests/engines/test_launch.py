@@ -317,7 +317,7 @@ def test_a_process_that_fails_alone_ends_all(two_by_two, name):
         (
             "no checkpoint",
             "the checkpoint that --resume_from_checkpoint auto finds must be the same for all processes: "
-            "checkpoint-5 for process 0, None for 2",
+            "checkpoint-1 for process 0, None for 2",
         ),
         ("other text", "the number of tokens of the training text must be the same for all processes: "),
     ],

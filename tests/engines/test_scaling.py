@@ -22,7 +22,7 @@ specification.loader.exec_module(communication)
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def counted(request):
     """(ranks, rows that the script counted on so many processes)."""
     engines = [engine for engine in communication.ENGINES if HAS_DEEPSPEED or not engine.startswith("zero")]

@@ -33,12 +33,16 @@ def test_sharing(world):
     assert found["sharded MarsShampoo: messages a step"] == {"all_reduce": 1, "all_to_all_single": 2}
 
 
+@pytest.mark.parametrize("interpreted", [False, True], ids=["cpu", "triton"])
 @pytest.mark.parametrize("world, engine", [(2, "fsdp2"), (4, "hsdp"), (2, "one rank cannot")])
-def test_sharded_steps_in_compiled_kernels(world, engine):
+def test_sharded_steps_in_compiled_kernels(world, engine, interpreted):
     """They give the numbers of the composed step. Ranks that do not agree about the kernels would wait for ever."""
-    found = json.loads(launch(world, "engines/kernel_worker.py", engine).strip().splitlines()[-1])
-    for name, (batches, difference) in found.items():
+    environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
+    found = json.loads(launch(world, "engines/kernel_worker.py", engine, **environment).strip().splitlines()[-1])
+    for name, (batches, difference, reductions) in found.items():
         clips = "clipped" in name
         expected = STEPS - 1 if clips else STEPS  # one of them changes nothing
-        assert batches == (0 if engine == "one rank cannot" and clips else expected), name
+        asks = clips or interpreted  # whether the ranks agree before they take the kernels
+        assert batches == (0 if engine == "one rank cannot" and asks else expected), name
         assert difference < (2e-3 if "Lion" in name else 1e-5), name
+        assert reductions == clips, name

@@ -9,17 +9,18 @@ from launch_helpers import launch
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), NEEDS_DEEPSPEED]
 
 
-def errors_of(processes, *cases):
+def errors_of(processes, *cases, **environment):
     """Of the cases of zero_worker.py: the largest relative error of a parameter, by case and method."""
-    printed = launch(processes, "engines/zero_worker.py", *cases, timeout=900, DS_ACCELERATOR="cpu")
+    environment["DS_ACCELERATOR"] = "cpu"
+    printed = launch(processes, "engines/zero_worker.py", *cases, timeout=900, **environment)
     errors = json.loads(printed.strip().splitlines()[-1])
     assert tuple(errors) == cases
     return errors
 
 
-def check_zero_loops(processes, *cases):
+def check_zero_loops(processes, *cases, **environment):
     """In float32, which ZeRO keeps its copies of weights in whatever the model's dtype: no float64."""
-    for case, by_method in errors_of(processes, *cases).items():
+    for case, by_method in errors_of(processes, *cases, **environment).items():
         for method, error in by_method.items():
             # A gradient's last bit decides how g_{t−1} is rounded to bfloat16, by up to 2**-8 of it.
             assert error < (1e-4 if "bfloat16" in method else 1e-5), (case, method)
@@ -27,6 +28,11 @@ def check_zero_loops(processes, *cases):
 
 def test_zero_loops_equal_one_process():
     check_zero_loops(2, "1", "2", "3, small sub-groups, accumulated")
+
+
+def test_zero_loops_in_triton_kernels_equal_one_process():
+    """Slices, some of them empty."""
+    check_zero_loops(2, "2", "3, small sub-groups, overlap", TRITON_INTERPRET="1")
 
 
 @pytest.mark.exhaustive

@@ -1,7 +1,7 @@
 """One rank of test_zero.py: loops under DeepSpeed's ZeRO, and the same without it in this process alone.
 
 Usage: zero_worker.py CASE…  (of CASES or FP16_CASES). Rank 0 prints, as JSON, for every case and method the largest
-relative difference of a parameter.
+relative difference of a parameter. With TRITON_INTERPRET=1, of methods that the kernels for GPUs take.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from hf_mars import MarsAdamW, MarsLion, MarsShampoo, param_groups
+from hf_mars.optim.kernels import gpu
 
 STEPS, BATCH = 6, 8
 MATCHED = {"lr": 0.02, "adjust_lr_fn": "match_rms_adamw"}
@@ -30,6 +31,8 @@ METHODS = {
     "mars_m": (MarsShampoo, MATCHED),
     "mars_m bfloat16 g_{t-1}": (MarsShampoo, {**MATCHED, "last_grad_dtype": "bfloat16"}),
 }
+if gpu.is_interpreted():
+    METHODS = {method: METHODS[method] for method in ("mars_adamw optimize_1d", "mars_lion")}
 
 
 def zero(stage, accumulation=1, **settings):

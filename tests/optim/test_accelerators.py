@@ -2,6 +2,7 @@
 where there is a GPU, torch itself looks for synchronisation."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_mars.optim import MarsAdamW, MarsLion
 from hf_mars.optim.algorithm.lion import PIECE_ON_ACCELERATORS
+from hf_mars.optim.sharding import norms
+from hf_mars.optim.skipping import Skip
 
 SETTINGS = {
     "the default": {},
@@ -84,15 +87,16 @@ class Largest(TorchDispatchMode):
 
 
 class Words(TorchDispatchMode):
-    """Elements that are read and written, of tensors of at least `least` elements, by their functions' schemas."""
+    """Elements that are read and written, of tensors of at least `least` elements, by the schemas of functions; and
+    how many functions take tensors."""
 
     def __init__(self, least):
         super().__init__()
-        self.least, self.count = least, 0
+        self.least, self.count, self.launches = least, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.is_view:
+        if function.is_view or function.overloadpacket.__name__ == "empty_like":
             return result
         arguments = {a.name: a for a in function._schema.arguments}
         given = dict(zip(arguments, args, strict=False)) | (kwargs or {})
@@ -100,11 +104,13 @@ class Words(TorchDispatchMode):
         for name, value in given.items():
             writes = arguments[name].alias_info is not None and arguments[name].alias_info.is_write
             changes |= writes
-            only_writes = writes and (name == "out" or function.overloadpacket.__name__ == "copy_")
+            only_writes = writes and (name == "out" or function.overloadpacket.__name__ in ("copy_", "_foreach_copy_"))
             # AdamW's gradients are only written to with grad_scale.
             also_writes = writes and not only_writes and name != "grads"
             self.count += self.large(value) * (1 + also_writes)
         self.count += 0 if changes else self.large(result)
+        values = [t for value in given.values() for t in (value if isinstance(value, (list, tuple)) else [value])]
+        self.launches += any(map(torch.is_tensor, values))
         return result
 
     def large(self, value):
@@ -123,6 +129,35 @@ def test_words_that_the_composed_step_moves(max_norm, words):
         with Words(param.numel()) as moved:
             optimizer.step()
     assert moved.count == words * param.numel()
+
+
+def test_words_and_launches_of_exact_mode_by_torchs_kernels():
+    """To x_{t−1} and back 6 words each, and 2 to keep x_t, for any number of parameters; in pieces of 16 million
+    elements. The Triton kernels take 10: test_gpu_kernels.py, test_triton.py."""
+    for tensors in (2, 30):
+        params = [torch.nn.Parameter(torch.empty(10, 100, device="meta")) for _ in range(tensors)]
+        optimizer = MarsAdamW(params, exact=True)
+        for _ in range(2):
+            set_gradients(params, optimizer, exact=True)
+            optimizer.step()
+        with Words(1000) as moved, optimizer.previous_point():
+            pass
+        assert moved.count == 12 * 1000 * tensors and moved.launches == 6
+        with Words(1000) as moved:
+            optimizer._previous_point.keep(optimizer.param_groups, optimizer.state, Skip())
+        assert moved.count == 2 * 1000 * tensors and moved.launches == 1
+
+
+def test_norms_of_tensors_that_are_spread_over_ranks_take_few_launches(monkeypatch):
+    """For any number of tensors, since their squares are added up, and roots taken, of a vector."""
+    part = types.SimpleNamespace(sums_over=("ranks",))
+    monkeypatch.setattr(norms, "exchange_device", lambda ranks, device: device)
+    monkeypatch.setattr(norms.dist, "all_reduce", lambda tensor, group: None)
+    for number in (2, 30):
+        tensors = [torch.empty(10, 100, device="meta") for _ in range(number)]
+        with Words(0) as moved:
+            results = norms.norms_of_wholes(tensors, [part] * number)
+        assert len(results) == number and moved.launches <= 8
 
 
 @pytest.mark.parametrize("max_norm", [1e6, None])

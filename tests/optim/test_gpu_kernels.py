@@ -3,6 +3,7 @@
 They need a GPU, or TRITON_INTERPRET=1, with which test_triton.py runs this file where there is none.
 """
 
+import copy
 import math
 import sys
 import weakref
@@ -13,8 +14,7 @@ from helpers import assert_close, assert_equal, make, run_steps, values
 from kernel_helpers import COMPOSED, EVERY_FUSED, EXECUTIONS, NEEDS_GPU, assert_mostly_close, gpu, short_and_clipped
 
 from hf_mars.optim import MarsAdamW, MarsLion, MarsShampoo
-from hf_mars.optim.kernels import launch, trial
-from hf_mars.optim.kernels.plan import Table
+from hf_mars.optim.kernels import copies, launch, plan, trial
 from hf_mars.optim.last_grad import LastNorms
 
 pytestmark = NEEDS_GPU
@@ -26,6 +26,12 @@ DEVICE = GPU.device
 @pytest.fixture
 def execution():
     return GPU
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tried():
+    """The kernels, once, before tests count what is called."""
+    gpu.kernels_for(torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("max_norm", [1.0, None])
@@ -138,7 +144,7 @@ def test_parameters_of_several_dtypes(calls):
 
 def test_embeddings_of_shampoo(calls):
     """And 1d parameters, where they need Kahan summation; in float32 plain AdamW is torch's."""
-    for dtype, launches in ((torch.float32, 1), (torch.bfloat16, 2)):
+    for dtype, launches in ((torch.float32, 2), (torch.bfloat16, 3)):
         calls.clear()
         embedding, hidden, bias = GPU.params([(5, 4), (4, 4), (4,)], dtype)
         optimizer = MarsShampoo([{"params": [embedding], "kind": "embedding"}, {"params": [hidden, bias]}])
@@ -187,33 +193,45 @@ def test_groups_with_equal_settings_are_launched_together(method, monkeypatch):
 
 
 def test_nothing_is_uploaded_where_nothing_has_moved(monkeypatch):
-    """Nor where learning rates change; a gradient elsewhere, another set of gradients and new states are noticed."""
-    gpu.kernels_for(torch.device(DEVICE))
-    made, init = [], Table.__init__
-    monkeypatch.setattr(Table, "__init__", lambda self, *args: (made.append(1), init(self, *args))[1])
-    params = GPU.params([(4, 3), (3, 5)])
-    optimizer = make("mars_adamw", params)
+    """Nor where learning rates change. Of gradients that lie elsewhere their addresses alone are; another set of
+    gradients, new states and parameters elsewhere are noticed."""
+    uploaded, on_host = [], plan._on_host
+    monkeypatch.setattr(plan, "_on_host", lambda data, *args: (uploaded.append(len(data)), on_host(data, *args))[1])
+    params, wide = GPU.params([(4, 3), (3, 5)]), GPU.params([(4, 3), (3, 5)])
+    optimizer, composed = make("mars_adamw", params), make("mars_adamw", wide, **COMPOSED)
+
+    def step():
+        uploaded.clear()
+        for param, other in zip(params, wide, strict=True):
+            other.grad = param.grad
+        optimizer.step()
+        composed.step()
+        assert_close(params, wide, 1e-5)
+        return list(uploaded)
+
+    whole_table = [9 * 4]  # of two tensors
     for param in params:
         param.grad = torch.ones_like(param)
-    for lr, tables in ((1e-3, 1), (2e-3, 1), (0.0, 1)):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        assert len(made) == tables
-    params[0].grad, kept = torch.ones_like(params[0]), params[0].grad
-    optimizer.step()
-    assert len(made) == 2
+    for lr, expected in ((1e-3, whole_table), (2e-3, []), (0.0, [])):
+        for each in (optimizer, composed):
+            each.param_groups[0]["lr"] = lr
+        assert step() == expected
+    kept, params[0].grad = params[0].grad, 2 * torch.ones_like(params[0])
+    assert step() == [2]
+    assert step() == []
     params[0].grad = None
-    optimizer.step()
-    assert len(made) == 3
+    assert step() == [9 * 2]  # of one
     params[0].grad = kept
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.step()
-    assert len(made) == 4
+    assert step() == [2]
+    for each in (optimizer, composed):
+        each.load_state_dict(copy.deepcopy(each.state_dict()))
+    assert step() == whole_table
     params[1].data = params[1].data.clone()
-    optimizer.step()
-    assert len(made) == 5
-    optimizer.step()
-    assert len(made) == 5
+    assert step() == whole_table
+    assert step() == []
+    unaligned = torch.ones(16, device=DEVICE)[1:].view(3, 5)
+    params[1].grad = unaligned
+    assert step() == [9 * 2] * 2  # a table of what is aligned, and one of the rest
 
 
 @pytest.mark.parametrize("settings", [{}, {"gamma": 0.0}, {"exact": True}], ids=str)
@@ -257,7 +275,7 @@ def test_replicas_take_the_same_way(calls, monkeypatch):
     settings = {"max_norm": 1.0, "process_group": Alone()}
     optimizer = MarsShampoo([{"params": params[:1], "kind": "embedding"}, {"params": params[1:]}], **settings)
     run_steps(optimizer, params, GPU.gradients(params, 3))
-    assert not calls and asked == [("Triton kernels", True)] * 3
+    assert not calls and asked == [("Triton kernels", True)] * 6
     assert "Triton does not work on another rank" in optimizer.executions["embedding"]
 
 
@@ -266,6 +284,46 @@ class Alone:
 
     def size(self):
         return 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_exact_mode_moves_all_parameters_in_three_launches(dtype, monkeypatch):
+    """To x_{t−1}, back, and x_t kept: 4, 4 and 2 words (test_triton.py). Bit for bit, and uploaded once."""
+    taken, uploaded, on_host = [], [], plan._on_host
+    swap, keep = copies.swap, copies.keep
+    monkeypatch.setattr(copies, "swap", lambda kernels, x, *rest: (taken.append(len(x)), swap(kernels, x, *rest)))
+    monkeypatch.setattr(copies, "keep", lambda kernels, x, *rest: (taken.append(-len(x)), keep(kernels, x, *rest)))
+    monkeypatch.setattr(plan, "_on_host", lambda data, *args: (uploaded.append(len(data)), on_host(data, *args))[1])
+    params = [*GPU.params([(4, 3), (50, 90), (0, 3)], dtype)]
+    params.append(torch.nn.Parameter(torch.ones(7, dtype=dtype, device=DEVICE)[1:].view(3, 2)))  # not aligned
+    optimizer = MarsAdamW(params, exact=True, gamma=0.5)
+    points = []
+    for step in range(4):
+        before = values(params)
+        with optimizer.previous_point():
+            if step > 0:
+                assert_equal(params, points[-1])
+            for p in params:
+                p.grad = torch.ones_like(p)
+        assert_equal(params, before)
+        points.append(before)
+        versions = [p._version for p in params]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        uploaded.clear()
+        optimizer.step()
+        assert all(p._version > version for p, version in zip(params, versions, strict=True))
+    assert taken == [4, 4, -4] * 3
+    assert max(uploaded, default=0) <= 3  # addresses of gradients, no table
+
+
+@pytest.mark.parametrize("raised", [0.0, 1.0])
+def test_a_flag_decides_whether_the_point_is_kept(raised):
+    tensors, others = GPU.params([(4, 3), (50, 90)]), GPU.params([(4, 3), (50, 90)])
+    for other in others:
+        other.data.fill_(math.nan)
+    gpu.keep(tensors, others, torch.tensor(raised, device=DEVICE))
+    assert all(torch.equal(a, b) != bool(raised) for a, b in zip(tensors, others, strict=True))
 
 
 def test_plans_keep_no_state_alive():

@@ -183,6 +183,31 @@ def test_a_state_of_another_shape_is_an_error_and_no_write_beyond_it(execution, 
     assert not calls
 
 
+@EVERY_EXECUTION
+def test_without_epsilon_a_subnormal_square_is_not_zero(execution, calls):
+    """v = 1e-40 in float32: the root of it, flushed to zero, would divide m."""
+    finals = []
+    for settings in ({}, COMPOSED):
+        params = execution.params([(4, 3)])
+        optimizer = make("mars_adamw", params, eps=0.0, max_norm=None, **settings)
+        gradients = [[torch.full_like(p, 1e-19) for p in params]] * 2
+        finals.append([*run_steps(optimizer, params, gradients), optimizer.state[params[0]]["exp_avg_sq"]])
+    assert len(calls) == 2
+    assert 0 < finals[0][1].max() < torch.finfo(torch.float32).tiny
+    assert_close(*finals, 1e-4)  # subnormal numbers have few digits
+
+
+@EVERY_EXECUTION
+def test_a_tensor_without_elements_counts_its_steps(execution, calls):
+    """Under ZeRO one t is that of many slices, and may be counted with one that is empty on this rank."""
+    params = execution.params([(0, 3), (4, 3)])
+    for i in (slice(0, 2), slice(0, 1)):
+        optimizer = make("mars_adamw", params[i])
+        run_steps(optimizer, params[i], execution.gradients(params[i], 3))
+        assert [state["step"].item() for state in optimizer.state.values()] == [3] * len(params[i])
+    assert len(calls) == 6
+
+
 @EVERY_FUSED
 @EVERY_EXECUTION
 def test_autograd_notices_the_update(execution, method):

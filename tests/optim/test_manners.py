@@ -126,7 +126,11 @@ def imported_modules(file):
             yield "." * node.level + (node.module or "")
 
 
-TRITON = ("launch.py", "triton_common.py", "triton_norms.py", "triton_update.py")
+TRITON = (
+    "copies.py",
+    "launch.py",
+    *(f"triton_{name}.py" for name in ("common", "copies", "matrices", "norms", "update")),
+)
 
 
 def test_only_torch_is_imported():

@@ -125,16 +125,17 @@ def test_a_swap_that_fails_halfway_is_undone(monkeypatch):
     params = make_params()
     optimizer = make_exact("mars_adamw", params)
     Quadratic(params).train(optimizer, range(2))
-    before, swap = values(params), exact._swap
+    before, swap = values(params), exact._Moves.swap
+    monkeypatch.setattr(exact, "pieces_of", lambda *lists: ([[t] for t in ts] for ts in zip(*lists, strict=True)))
     failures = [params[4]]
 
-    def swap_without_memory(a, b):
-        if a in set(failures):
+    def swap_without_memory(moves):
+        if failures and moves.x[0].data_ptr() == failures[0].data_ptr():
             failures.clear()
             raise torch.OutOfMemoryError
-        swap(a, b)
+        swap(moves)
 
-    monkeypatch.setattr(exact, "_swap", swap_without_memory)
+    monkeypatch.setattr(exact._Moves, "swap", swap_without_memory)
     with pytest.raises(torch.OutOfMemoryError), optimizer.previous_point():
         raise AssertionError("never entered")
     assert not failures

@@ -27,8 +27,10 @@ HERE = Path(__file__).parent
     ("file", "chosen"),
     [
         ("test_gpu_kernels.py", ""),
+        ("test_gpu_matrices.py", ""),
         ("test_kernels.py", "gpu"),
-        ("test_reference.py", "equals_the_reference and float64 and (adamw or lion)"),
+        ("test_reference.py", "equals_the_reference and float64 and adamw"),
+        pytest.param("test_reference.py", "equals_the_reference and float64 and lion", marks=pytest.mark.exhaustive),
         ("test_laws.py", "one_buffer or constant_gradient"),
         ("test_global_clip.py", "multiplied_first and kernels and (adamw or lion) and not float64"),
     ],
@@ -57,8 +59,11 @@ def kernel_cases(dtype):
     """(kernel, its arguments' types, its constants) as gpu.py launches them, of tensors that are all of `dtype`."""
     import triton.language as tl
 
-    norms, update = (importlib.import_module(f"{gpu.__package__}.triton_{name}") for name in ("norms", "update"))
-    dtype = getattr(tl, dtype)
+    norms, update, matrices, copies = (
+        importlib.import_module(f"{gpu.__package__}.triton_{name}")
+        for name in ("norms", "update", "matrices", "copies")
+    )
+    dtype, integer = getattr(tl, dtype), {"float32": tl.int32, "bfloat16": tl.int16}[dtype]
     of_block = {"table": "*i64", "tensor_of_block": "*i32", "stride": "i32"}
     of_tensor = {"table": "*i64", "stride": "i32"}
     wide, reduced = {"WIDE": tl.float32}, {"REDUCED": launch.REDUCED}
@@ -68,16 +73,20 @@ def kernel_cases(dtype):
     known = {"knowledge": "*i32"}
     results = floats("clip_factors", "step_sizes", "inverse_root_bias2")
     sums = {"sums_of_g": "*fp64", "sums_of_c": "*fp64"}
-    yield norms.measure, of_block | bounds | floats("prev_norms") | sums, wide | read | {"CORRECTED": True} | lanes
+    clip, scales = floats("factor"), {"SCALES": True}
+    measured = wide | read | scales | {"CORRECTED": True} | lanes
+    yield norms.measure, of_block | bounds | floats("prev_norms") | sums | clip, measured
     yield (
         norms.judge,
         of_tensor | bounds | floats("prev_norms", "norms_of_g") | {"sums_of_g": "*fp64"} | known,
         wide | reduced,
     )
-    rest = of_tensor | {"n": "i32"} | numbers("kappa") | known | {"sums_of_c": "*fp64"}
-    yield norms.measure_rest, rest, wide | read | lanes | reduced
-    flags = {"CORRECTED": True, "CLIPS": True, "RAISES": True, "IS_ADAMW": True}
-    yield norms.prepare, of_tensor | rates | known | sums | results | floats("flag"), wide | reduced | flags
+    rest = of_tensor | {"n": "i32"} | numbers("kappa") | known | {"sums_of_c": "*fp64"} | clip
+    yield norms.measure_rest, rest, wide | read | scales | lanes | reduced
+    yield norms.add_blocks, of_tensor | {"sums": "*fp64", "totals": "*fp64"}, reduced
+    for spread in (False, True):
+        flags = {"CORRECTED": True, "CLIPS": True, "SPREAD": spread, "RAISES": True, "IS_ADAMW": True}
+        yield norms.prepare, of_tensor | rates | known | sums | results | floats("flag"), wide | reduced | flags
     for is_adamw in (True, False):
         compensated = dtype == tl.bfloat16
         flags = {"CORRECTED": True, "KEEPS_LAST_GRAD": True, "CLIPS": True, "IS_ADAMW": is_adamw}
@@ -85,9 +94,19 @@ def kernel_cases(dtype):
         hyperparameters = numbers("kappa", "beta1", "beta2", "eps", "gamma", "lr", "decay")
         yield (
             update.update,
-            of_block | hyperparameters | results | floats("flag", "norms_of_g"),
-            wide | read | lanes | flags | types,
+            of_block | hyperparameters | results | floats("flag", "norms_of_g", "factor"),
+            wide | read | scales | lanes | flags | types,
         )
+    of_run = of_block | dict.fromkeys(("first_block", "first_tensor", "size"), "i32")
+    lanes |= {"STACK_ALIGNED": True}
+    flags = {"M_DTYPE": dtype, "CORRECTED": True, "KEEPS_LAST_GRAD": True, "CLIPS": True}
+    momentum = of_run | numbers("kappa", "beta1", "gamma") | floats("clip_factors", "flag", "norms_of_g") | clip
+    yield matrices.momentum, momentum | {"stack": "*bf16"}, wide | read | scales | lanes | flags
+    move = of_run | numbers("rate", "decay") | floats("flag") | {"stack": "*bf16"}
+    yield matrices.move, move, wide | lanes | {"X_DTYPE": dtype, "COMPENSATED": dtype == tl.bfloat16}
+    del lanes["STACK_ALIGNED"]
+    yield copies.swap, of_block, {"DTYPE": integer} | lanes
+    yield copies.keep, of_block | floats("flag"), {"DTYPE": integer} | lanes
     yield norms.divide, of_block | floats("divisors"), wide | {"DTYPE": dtype} | lanes
 
 
@@ -138,14 +157,26 @@ class TestCompiled:
     @every_dtype
     def test_whole_blocks_move_in_16_bytes(self, dtype, target):
         for name, constants, asm in compiled(dtype, target):
-            if name != "update":
-                continue
-            operands = 4 + constants["IS_ADAMW"] + constants["COMPENSATED"]  # x, g, g_{t−1}, m; v; compensation
             size = {"float32": 4, "bfloat16": 2}[dtype]
-            pieces = launch.BLOCK // (32 * launch.OPTIONS["num_warps"]) * size // 16  # of a thread
-            assert asm["ptx"].count("ld.global.v4.b32") == operands * pieces
-            assert asm["ptx"].count("st.global.v4.b32") == (operands - 1) * pieces
-            if constants["COMPENSATED"]:
+            per_thread = launch.BLOCK // (32 * launch.OPTIONS["num_warps"])
+            pieces, of_stack = per_thread * size // 16, per_thread * 2 // 16
+            if name == "update":  # x, g, g_{t−1}, m; v; compensation; all but g are written
+                operands = 4 + constants["IS_ADAMW"] + constants["COMPENSATED"]
+                loads, stores = operands * pieces, (operands - 1) * pieces
+            elif name == "momentum":  # g, g_{t−1}, m; g_{t−1}, m, and the stack
+                loads, stores = 3 * pieces, 2 * pieces + of_stack
+            elif name == "move":  # x, compensation, and the stack
+                loads, stores = (
+                    (1 + constants["COMPENSATED"]) * pieces + of_stack,
+                    (1 + constants["COMPENSATED"]) * pieces,
+                )
+            elif name in ("swap", "keep"):
+                loads = stores = (2 if name == "swap" else 1) * pieces
+            else:
+                continue
+            assert asm["ptx"].count("ld.global.v4.b32") == loads
+            assert asm["ptx"].count("st.global.v4.b32") == stores
+            if name not in ("swap", "keep") and (dtype == "bfloat16" or name == "momentum"):
                 assert "cvt.rn.bf16" in asm["ptx"] and "cvt.rz" not in asm["ptx"]
 
     @pytest.mark.parametrize("target", [("cuda", 75), ("cuda", 80), ("cuda", 90)], ids=str)

@@ -159,6 +159,9 @@ def test_few_evaluations_leave_the_comparison_of_curves_to_training_losses():
     rows = [row("a", 1e-3, 1, 2.0, curve=CURVE[-1:]), row("b", 1e-3, 1, 1.0, curve=CURVE)]
     comparison = compare(rows, ["a", "b"])
     assert comparison.curve_kind == "training" and comparison.summaries[1].part_of_steps == 1.0
+    # The curves are the same; one that ends above the baseline has not reached its loss.
+    rows[1] = row("b", 1e-3, 1, 2.1, curve=CURVE)
+    assert compare(rows, ["a", "b"]).summaries[1].part_of_steps is None
 
 
 def test_without_a_run_that_came_through():

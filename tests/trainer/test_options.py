@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import tiny_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_helpers import cpu
-from transformers import TrainingArguments
+from transformers import GPT2LMHeadModel, TrainingArguments
 
 from hf_mars import MarsAdamW, MarsShampoo, MarsTrainer, MarsTrainingArguments
 from hf_mars.trainer import options
@@ -194,6 +195,27 @@ def test_a_checkout_that_hides_the_installed_package_is_named(monkeypatch, caplo
 
 
 # ---- what would be silent ----
+
+
+def test_all_weights_of_a_pretrained_model(tmp_path, caplog):
+    """By orthogonalised updates: once, and not of new models or where some are frozen."""
+    caplog.set_level("WARNING", "hf_mars")
+    optimizer_name = "mars_m"
+
+    def make(model):
+        args = TrainingArguments(str(tmp_path), optim=optimizer_name, use_cpu=True)
+        optimizer_cls_and_kwargs(args, model)
+        return caplog.text.count("tunes all weights of a pretrained model")
+
+    tiny_gpt2().save_pretrained(tmp_path / "model")
+    assert make(tiny_gpt2()) == 0
+    frozen = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+    frozen.transformer.wte.requires_grad_(False)
+    assert make(frozen) == 0
+    optimizer_name = "mars_adamw"
+    assert make(GPT2LMHeadModel.from_pretrained(tmp_path / "model")) == 0
+    optimizer_name = "mars_m"
+    assert [make(GPT2LMHeadModel.from_pretrained(tmp_path / "model")) for _ in range(2)] == [1, 1]
 
 
 def test_options_may_be_a_mapping(tmp_path):

@@ -55,7 +55,7 @@ USES = {
     "_is_avx512_bf16_supported": (torch.cpu, None),
 }
 # Kernels for lists of tensors, of torch.optim's own: composed steps and norms.
-FOREACH = ("add_", "clamp_min", "div", "div_", "lerp", "lerp_", "mul", "mul_", "norm", "sign", "sqrt")
+FOREACH = ("add_", "clamp_min", "copy_", "div", "div_", "lerp", "lerp_", "mul", "mul_", "norm", "sign", "sqrt")
 # Not private in spite of the underscore, or ours; and DeepSpeed's, without which optim/sharding/zero.py says so.
 PUBLIC = {"_replace", "_hashable_values_", "_dp_group", "_z3_optimizer"}
 

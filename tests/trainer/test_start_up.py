@@ -1,6 +1,7 @@
 """HF_MARS and `python -m hf_mars LAUNCHER`: the names in processes that others start, as new commands too."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_a_python_that_does_not_ask_only_looks_at_its_environment():
     assert the_line().startswith('import os; os.environ.get("HF_MARS", "0") not in ("", "0") and ')
     assert the_line().count("\n") == 1
     done = run(sys.executable, "-X", "importtime", "-c", "pass")
-    assert "site" in done.stderr and "hf_mars" not in done.stderr
+    assert "site" in done.stderr and not re.search(r"\| +hf_mars", done.stderr)  # pip install -e adds a finder
 
 
 @pytest.fixture(scope="module")

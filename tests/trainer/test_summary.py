@@ -102,14 +102,15 @@ def test_the_repr_is_otherwise_torchs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [None, 2, 3])
+@pytest.mark.parametrize("stage", [None, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_two_processes_show_it_once(stage, tmp_path):
     """Whole tensors are counted, whatever an engine has put in their place: with DDP and ZeRO."""
     (tmp_path / "script.py").write_text(
-        "import hf_mars\nfrom trainer_helpers import token_blocks\nfrom helpers import tiny_gpt2\n"
+        "import time\nimport hf_mars, torch\nfrom trainer_helpers import token_blocks\nfrom helpers import tiny_gpt2\n"
         "from transformers import HfArgumentParser, Trainer, TrainingArguments\n"
         "(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()\n"
         "Trainer(tiny_gpt2(), args, train_dataset=token_blocks()).train()\n"
+        "torch.distributed.barrier()\ntime.sleep(0.5)\n"  # docs/multi_node.md, "Exit codes"
     )
     zero = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"}
     (tmp_path / "zero.json").write_text(json.dumps(zero))

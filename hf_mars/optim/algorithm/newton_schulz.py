@@ -30,17 +30,31 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     return orthogonalize([matrix], steps)[0].to(matrix.dtype)
 
 
-def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor]:
-    """The same for tensors of one shape (…, m, n), m ≤ n, in batched products: fewer launches, busier cores."""
-    x = torch.stack(matrices)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    # Rounded before all else, so that matrices may be sent in bfloat16. float16's range wants unit norm first.
-    x = x.to(torch.bfloat16 if has_bfloat16(x) and in_bfloat16(x.shape, x) else dtype)
+def dtype_of_stack(shape: torch.Size, like: Tensor) -> torch.dtype:
+    """What matrices of `shape`, of the dtype and device of `like`, are rounded to before all else: so that they may be
+    sent in bfloat16."""
+    halves = has_bfloat16(like) and in_bfloat16(shape, like)
+    return torch.bfloat16 if halves else torch.promote_types(like.dtype, torch.float32)
+
+
+def orthogonalize_stack(x: Tensor, steps: int) -> Tensor:
+    """`newton_schulz` of a stack of matrices of shape (…, m, n), in batched products: fewer launches, busier cores.
+
+    Args:
+        x: shape (k, …, m, n), of `dtype_of_stack`. Overwritten.
+        steps: number of iterations.
+
+    Returns:
+        A contiguous tensor of the same shape, in the dtype in which the iteration computes.
+    """
+    if x.shape[-2] > x.shape[-1]:  # the Gram matrix XXᵀ of a wide matrix is smaller than a tall one's
+        return orthogonalize_stack(x.mT, steps).mT.contiguous()
+    shape, dtype = x.shape, torch.promote_types(x.dtype, torch.float32)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
     # tiny keeps 0/0 away without touching the scale of small matrices.
     x.div_(norms.clamp(min=torch.finfo(dtype).tiny))
-    if _takes_float16(x):
+    if _takes_float16(x):  # whose range wants unit norm
         x = x.half()
 
     x = x.flatten(0, -3)
@@ -49,7 +63,7 @@ def _newton_schulz_of_a_stack(matrices: list[Tensor], steps: int) -> list[Tensor
         x = _two_steps(x)
     for _ in range(steps - 2 * pairs):
         x = _one_step(x)
-    return list(x.view(len(matrices), *matrices[0].shape))
+    return x.view(shape)
 
 
 def _one_step(x: Tensor) -> Tensor:
@@ -142,6 +156,11 @@ def orthogonalize_svd(matrix: Tensor) -> Tensor:
     return ((u * (s > floor).unsqueeze(-2)) @ vh).to(matrix.dtype)
 
 
+def stack_height(shape: torch.Size, device: torch.device) -> int:
+    """How many matrices of `shape` are worked on at a time."""
+    return max(1, (STACKED_ON_CPU if device.type == "cpu" else STACKED) // max(1, shape.numel()))
+
+
 def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
     """Orthogonalise many matrices, those of one shape, or of its transpose, together.
 
@@ -156,16 +175,16 @@ def orthogonalize(matrices: list[Tensor], steps: int | None) -> list[Tensor]:
     if steps is None:
         return [orthogonalize_svd(x) for x in matrices]
     stacks: dict[tuple, list[int]] = {}
-    # The Gram matrix XXᵀ of a wide matrix is smaller than a tall one's.
+    # A shape and its transpose together.
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in matrices]
     for i, x in enumerate(wide):
         stacks.setdefault((x.shape, x.dtype, x.device), []).append(i)
     results: dict[int, Tensor] = {}
     for (shape, _, device), indices in stacks.items():
-        height = max(1, (STACKED_ON_CPU if device.type == "cpu" else STACKED) // max(1, shape.numel()))
+        height = stack_height(shape, device)
         for start in range(0, len(indices), height):
             chosen = indices[start : start + height]
-            stack = [wide[i] for i in chosen]
-            for i, x in zip(chosen, _newton_schulz_of_a_stack(stack, steps), strict=True):
+            stack = torch.stack([wide[i] for i in chosen])
+            for i, x in zip(chosen, orthogonalize_stack(stack.to(dtype_of_stack(shape, stack)), steps), strict=True):
                 results[i] = x if wide[i] is matrices[i] else x.mT
     return [results[i] for i in range(len(matrices))]

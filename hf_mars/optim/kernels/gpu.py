@@ -1,4 +1,4 @@
-"""MARS-AdamW's and MARS-Lion's step on GPUs in two passes over memory (`triton_norms.py`, `triton_update.py`).
+"""The step on GPUs in two passes over memory (`triton_norms.py`, `triton_update.py`; `matrices.py` for MARS-Shampoo).
 
 Correction, clip, moving averages, update and the copy of g_t at once, for all parameters with equal settings. As on
 CPUs, the first pass reads g_t alone where ‖g_t‖ and the known ‖g_{t−1}‖ bound ‖c_t‖ well below max_norm; the device
@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,11 +26,13 @@ from ..batch import Batch
 from ..host import is_captured
 from ..last_grad import LastNorms
 from ..precision import needs_wide_copies
-from ..sharding import all_ranks_can, is_one_of_several
+from ..sharding import Ranks, add_up, all_ranks_can, is_one_of_several
 from ..skipping import Skip
-from .launch import Kernels, Launch, launches_of
+from . import copies
+from .launch import Kernels, Launch, operands_of
 from .launch import divide as divide_by_launch
-from .plan import BLOCK, DTYPES, plan_of
+from .matrices import MatrixLaunch
+from .plan import BLOCK, DTYPES, Plan, plan_of, tables_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,11 @@ def kernels_for(device: torch.device) -> Kernels | None:
         if device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.synchronize(device)  # an error of earlier work shows here, where nobody takes it for Triton's
         try:
-            from . import triton_norms, triton_update  # here: importing Triton takes time, and CPUs do not need it
+            # Here: importing Triton takes time, and CPUs do not need it.
+            from . import triton_copies, triton_matrices, triton_norms, triton_update
 
-            kernels: Kernels | None = _tried(Kernels(triton_norms, triton_update), device)
+            modules = Kernels(triton_norms, triton_update, triton_matrices, triton_copies)
+            kernels: Kernels | None = _tried(modules, device)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, no C compiler for its launchers, a GPU that it does not support, …
@@ -89,14 +93,26 @@ def _host_may_wait(device: torch.device) -> Iterator[None]:
 
 
 def _tried(kernels: Kernels, device: torch.device) -> Kernels:
-    """The same. Raise an ArithmeticError unless they take a step of two tensors, one clipped, as torch does."""
-    from .trial import trial_batch, what_differs  # with the composition's formulas, which only this needs
+    """The same. Raise an ArithmeticError unless they take a step of two tensors, one clipped, as torch does.
+
+    MARS-Shampoo's with given updates: what Newton–Schulz makes of two roundings may be further apart than they are.
+    """
+    from .trial import trial_batch, trial_of_matrices, what_differs  # with formulas that only this needs
 
     batch, expected = trial_batch(device, BLOCK)
-    for launch in launches_of(kernels, [batch], LastNorms()):
+    matrices, expected_of_matrices, updates = trial_of_matrices(device, BLOCK)
+    last_norms = LastNorms()
+    for launch in _launches_of(kernels, [batch, matrices], last_norms):
         launch.measure(None)
-        launch.update(None)
-    differs = what_differs(batch, expected)
+        if isinstance(launch, MatrixLaunch):
+            (run,) = launch.runs()
+            launch.momentum(run, None)
+            launch.move(run, updates, None)
+        else:
+            launch.update(None, last_norms)
+    copies.swap(kernels, expected["parameter"], batch.params)
+    copies.swap(kernels, expected["parameter"], batch.params)
+    differs = what_differs(batch, expected) or what_differs(matrices, expected_of_matrices)
     if differs is not None:
         raise ArithmeticError(f"they compute another {differs} than torch's kernels do")
     return kernels
@@ -111,27 +127,50 @@ def split(batch: Batch) -> tuple[Batch | None, Batch | None, str | None]:
     why_not = _why_not(batch)
     if why_not is not None:
         return None, batch, why_not
-    plan = plan_of(batch)
-    if plan.why_not is not None:
-        return None, batch, plan.why_not
     device = batch.params[0].device
-    runs_here = kernels_for(device) is not None
-    groups = [] if batch.replicas is None else [batch.replicas]
-    # Kernels and composition differ by rounding: replicas that take different ones drift apart.
-    if not all_ranks_can("Triton kernels", runs_here, groups, device):
-        where = "on another rank (a warning there says why)" if runs_here else "there (a warning says why)"
-        return None, batch, f"Triton does not work {where}"
+    ranks = _ranks_that_agree(batch)
+    if ranks:  # which are asked before anything is looked at that is this process's alone
+        why_not = _why_not_there(device, ranks)
+    plan = plan_of(batch)
+    why_not = why_not or plan.why_not
+    if why_not is None and kernels_for(device) is None:
+        why_not = _why_not_there(device)
+    if why_not is not None:
+        return None, batch, why_not
     if not plan.left:
         return batch, None, None
     why_not = f"of {len(plan.left)} parameters not all tensors lie in memory alike and without gaps"
-    return (batch.subset(plan.taken) if plan.taken else None), batch.subset(plan.left), why_not
+    if not plan.taken or _needs_an_exchange(batch):
+        return None, batch, why_not
+    return batch.subset(plan.taken), batch.subset(plan.left), why_not
+
+
+def _ranks_that_agree(batch: Batch) -> list[Ranks]:
+    """Groups of ranks that exchange norms, or that hold the same parameters: kernels and composition differ by
+    rounding, and replicas that take different ones drift apart."""
+    replicas = [] if batch.replicas is None else [batch.replicas]
+    if batch.is_whole:
+        return replicas
+    return [*replicas, *dict.fromkeys(ranks for part in batch.parts for ranks in part.ranks)]
+
+
+def _why_not_there(device: torch.device, ranks: Iterable[Ranks] = ()) -> str | None:
+    runs_here = kernels_for(device) is not None
+    if all_ranks_can("Triton kernels", runs_here, ranks, device):
+        return None
+    where = "on another rank (a warning there says why)" if runs_here else "there (a warning says why)"
+    return f"Triton does not work {where}"
+
+
+def _needs_an_exchange(batch: Batch) -> bool:
+    return not batch.is_whole and batch.group["max_norm"] is not None
 
 
 def _why_not(batch: Batch) -> str | None:
     """Why `step` takes nothing of a batch, as far as its settings and device say."""
     group = batch.group
-    if group["update"] not in ("adamw", "lion"):
-        return "kernels are for MARS-AdamW and MARS-Lion"
+    if group["update"] == "shampoo" and (why_not := _why_not_matrices(batch)) is not None:
+        return why_not
     if group["foreach"] is not None or not group["fused"]:
         return f"foreach={group['foreach']}, fused={group['fused']}"
     if isinstance(group["lr"], Tensor):
@@ -139,10 +178,16 @@ def _why_not(batch: Batch) -> str | None:
     is_plain_adamw = group["update"] == "adamw" and batch.previous_grads is None and group["max_norm"] is None
     if is_plain_adamw and not needs_wide_copies(batch.params[0].dtype, group):
         return "plain AdamW has a fused one there"
-    if not batch.is_whole:
-        return "parameters are sharded"
     if is_captured(batch.params[0]):  # replayed, a graph would find other values where its table of addresses was
         return "a CUDA graph is captured"
+    return None
+
+
+def _why_not_matrices(batch: Batch) -> str | None:
+    if batch.group["ns_steps"] is None:
+        return "ns_steps=None"
+    if not batch.is_whole or (batch.replicas is not None and batch.replicas.size() > 1):
+        return "matrices are shared out among ranks"
     return None
 
 
@@ -150,7 +195,8 @@ def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[Lau
     """The clip's norms, which also say whether a gradient is not finite; see `execution.Execution`."""
     kernels = kernels_for(batches[0].params[0].device)
     assert kernels is not None
-    launches = launches_of(kernels, batches, last_norms)
+    launches = _launches_of(kernels, batches, last_norms)
+    squares = _squares_of_wholes([launch for launch in launches if launch.is_spread], batches)
     flags: dict[torch.device, Tensor] = {}
     for launch in launches:
         flag = None
@@ -158,21 +204,64 @@ def measure(batches: list[Batch], last_norms: LastNorms, skip: Skip) -> list[Lau
             if launch.device not in flags:  # one per device
                 flags[launch.device] = torch.zeros((), dtype=torch.float32, device=launch.device)
             flag = flags[launch.device]
-        launch.measure(flag)
+        launch.measure(flag, squares.get(launch))
     for flag in flags.values():
         skip.add_flag(flag)
     return launches
 
 
+def _squares_of_wholes(launches: list[Launch], batches: list[Batch]) -> dict[Launch, Tensor]:
+    """Σ c² of the tensors of launches whose tensors are spread over ranks, with one exchange between ranks.
+
+    Which tensors are launched together may depend on the rank; the order in which sums are added up does not.
+    """
+    if not launches:
+        return {}
+    own: dict[tuple[int, int], Tensor] = {}
+    for launch in launches:
+        places = [(id(batch), i) for batch, i in launch.places]
+        own.update(zip(places, launch.squares().unbind(), strict=True))
+    chosen = [batch for batch in batches if _needs_an_exchange(batch)]
+    order = [(id(batch), i) for batch in chosen for i in range(len(batch.params))]
+    sums = add_up([own[place] for place in order], [part for batch in chosen for part in batch.parts])
+    wholes = dict(zip(order, sums, strict=True))
+    return {launch: torch.stack([wholes[id(batch), i] for batch, i in launch.places]) for launch in launches}
+
+
 def step(batches: list[Batch], measured: list[Launch], last_norms: LastNorms, skip: Skip) -> None:
     """c_t, c̃_t, m_t (and v_t), the update, and g_t in the place of g_{t−1}; see `execution.Execution`."""
     for launch in measured:
-        launch.update(skip.flag(launch.device))
-        launch.remember(last_norms)
+        launch.update(skip.flag(launch.device), last_norms)
 
 
-def divides(tensors: list[Tensor]) -> bool:
-    """Whether `divide` can take these tensors, which are of one dtype."""
+def _launches_of(kernels: Kernels, batches: list[Batch], last_norms: LastNorms) -> list[Launch]:
+    """Those that update `batches`: those of equal settings together. Takes the known ‖g_{t−1}‖ of them."""
+    together: dict[tuple, list[Batch]] = {}
+    for batch in batches:
+        together.setdefault(_key(batch, batch.plan or plan_of(batch)), []).append(batch)
+    launches = []
+    for some in together.values():
+        plans = tuple(batch.plan for batch in some)
+        device = some[0].params[0].device
+        kind = MatrixLaunch if some[0].group["update"] == "shampoo" else Launch
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        for table in tables_of(plans, stream, device):
+            operands = operands_of(table, some[0], plans[0])
+            launches.append(kind(kernels, some, operands, last_norms, stream))
+    return launches
+
+
+def _key(batch: Batch, plan: Plan) -> tuple:
+    """Equal for batches that the same launches can update."""
+    group = batch.group
+    settings = (group["update"], batch.form, batch.previous_grads is None, group["gamma"], *group["betas"])
+    rates = (group["lr"], group["weight_decay"], group["eps"], group["max_norm"], batch.lr, group["skip_nonfinite"])
+    matrices = (group["layout"], group["ns_steps"], group["adjust_lr_fn"]) if group["update"] == "shampoo" else ()
+    return batch.params[0].device, batch.is_whole, settings, rates, matrices, *plan.dtypes.items()
+
+
+def takes(tensors: list[Tensor]) -> bool:
+    """Whether `divide`, `swap` and `keep` can take these tensors, which are of one dtype on one device."""
     device = tensors[0].device
     return (
         not torch.compiler.is_compiling()
@@ -192,3 +281,17 @@ def divide(tensors: list[Tensor], divisors: Tensor) -> None:
     kernels = kernels_for(tensors[0].device)
     assert kernels is not None
     divide_by_launch(kernels, tensors, divisors)
+
+
+def swap(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Let tensors of one dtype change places with others of their shapes, bit for bit, in one launch."""
+    kernels = kernels_for(tensors[0].device)
+    assert kernels is not None
+    copies.swap(kernels, tensors, others)
+
+
+def keep(tensors: list[Tensor], others: list[Tensor], flag: Tensor | None) -> None:
+    """Copy tensors of one dtype into others of their shapes, in one launch; not where `flag` is raised."""
+    kernels = kernels_for(tensors[0].device)
+    assert kernels is not None
+    copies.keep(kernels, tensors, others, flag)

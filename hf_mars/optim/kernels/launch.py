@@ -15,7 +15,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..form import Form
 from ..last_grad import LastNorms
-from .plan import ALIGNMENT, BLOCK, DTYPES, Plan, Table, plan_of, tables_of
+from .plan import ALIGNMENT, BLOCK, DTYPES, Plan, Table
 
 # Of a launch. Products are not fused with sums, so that they are rounded as torch's kernels round them; the kernels
 # wait for memory, and lose no time by it.
@@ -30,156 +30,183 @@ class Kernels:
 
     norms: ModuleType
     update: ModuleType
+    matrices: ModuleType
+    copies: ModuleType
 
 
-def launches_of(kernels: Kernels, batches: list[Batch], last_norms: LastNorms) -> list[Launch]:
-    """Those that update `batches`: those of equal settings together. Takes the known ‖g_{t−1}‖ of them."""
-    together: dict[tuple, list[tuple[Batch, Plan]]] = {}
-    for batch in batches:
-        plan = plan_of(batch)
-        together.setdefault(_key(batch, plan), []).append((batch, plan))
-    launches = []
-    for some in together.values():
-        some_batches, plans = [batch for batch, _ in some], tuple(plan for _, plan in some)
-        device = some_batches[0].params[0].device
-        with torch.cuda.device_of(some_batches[0].params[0]):
-            stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
-            for table in tables_of(plans, stream, device):
-                launches.append(Launch(kernels, some_batches, plans[0], table, last_norms, stream))
-    return launches
+class Operands:
+    """What launches are given that is the same from step to step: memory between them, and their constants."""
+
+    def __init__(self, table: Table, is_corrected: bool, keeps_last_grad: bool, clips: bool, plan: Plan):
+        self.table, self.is_corrected, self.keeps_last_grad, self.clips = table, is_corrected, keeps_last_grad, clips
+        self.is_adamw = "V" in plan.dtypes
+        self.of_tensor = table.table, table.stride
+        self.of_block = table.table, table.tensor_of_block, table.stride
+        self.n = n = len(table.places)
+        self.runs: list | None = None  # see matrices.py
+        self.wide_dtype = wide = torch.promote_types(plan.dtypes["X"], torch.float32)
+
+        def memory(size: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=table.device)
+
+        self.knowledge = memory(n, torch.int32)
+        self.sums = [memory(table.blocks if clips else 1, torch.float64) for _ in ("of g", "of c")]
+        self.results = [memory(n, wide) for _ in ("factors", "step_sizes", "inverse_root_bias2")]
+        self.norms_of_g = memory(n, wide)  # of no use without the clip
+        types = {f"{name}_DTYPE": _triton_dtype(dtype) for name, dtype in plan.dtypes.items()}
+        read = {"G_DTYPE": types["G_DTYPE"], "PREV_DTYPE": types.get("PREV_DTYPE", types["G_DTYPE"])}
+        lanes = {"ALIGNED": table.is_aligned, "BLOCK": BLOCK, **OPTIONS}
+        self.judge: dict[str, Any] = {"REDUCED": REDUCED, "WIDE": _triton_dtype(wide)}
+        self.measure: dict[str, Any] = {"WIDE": _triton_dtype(wide), **read, **lanes}
+        self.update: dict[str, Any] = {
+            **self.measure,
+            "X_DTYPE": types["X_DTYPE"],
+            "M_DTYPE": types["M_DTYPE"],
+            "V_DTYPE": types.get("V_DTYPE", types["M_DTYPE"]),
+            "CORRECTED": is_corrected,
+            "KEEPS_LAST_GRAD": keeps_last_grad,
+            "CLIPS": clips,
+            "IS_ADAMW": self.is_adamw,
+            "COMPENSATED": "COMPENSATION" in plan.dtypes,
+        }
 
 
-def _key(batch: Batch, plan: Plan) -> tuple:
-    """Equal for batches that the same launches can update."""
-    group = batch.group
-    settings = (group["update"], batch.form, batch.previous_grads is None, group["gamma"], *group["betas"])
-    rates = (group["lr"], group["weight_decay"], group["eps"], group["max_norm"], batch.lr, group["skip_nonfinite"])
-    return batch.params[0].device, *settings, *rates, *plan.dtypes.items()
+def operands_of(table: Table, batch: Batch, plan: Plan) -> Operands:
+    key = batch.previous_grads is not None, batch.form is Form.APPROX, batch.group["max_norm"] is not None
+    if table.operands[0] != key:
+        table.operands = key, Operands(table, *key, plan)
+    return table.operands[1]
 
 
 class Launch:
-    """The kernels' operands for batches with equal settings, and the launches of one step."""
+    """The launches of one step for batches with equal settings.
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        batches: list[Batch],
-        plan: Plan,
-        table: Table,
-        last_norms: LastNorms,
-        stream: int,
-    ):
+    Attributes:
+        kernels, operands: what is launched, and what it is given in every step.
+        group: the first param_group.
+        device: of the tensors.
+        numbers: κ, β1, β2, ε, γ, η, 1 − ηλ, as kernels take them.
+        factor, scaling: f of the global clip, and whether there is one.
+        norms_of_g: ‖g_t‖₂, of the dtype that is computed in; of no use without the clip.
+        is_spread: norms take an exchange between ranks.
+    """
+
+    def __init__(self, kernels: Kernels, batches: list[Batch], operands: Operands, last_norms: LastNorms, stream: int):
         batch, group = batches[0], batches[0].group
         beta1, beta2 = group["betas"]
         lr, max_norm = batch.lr, group["max_norm"]
         numbers = (batch.kappa, beta1, beta2, group["eps"], batch.momentum_gamma, lr, 1 - lr * batch.weight_decay)
-        self._kernels, self._batches, self._table, self._stream = kernels, batches, table, stream
+        self.kernels, self._batches, self.operands, self._stream = kernels, batches, operands, stream
+        self._table = table = operands.table
         self.group, self.device = group, table.device
-        *self._numbers, self._max_norm = _bits((*numbers, max_norm or 0.0))
-        self._is_corrected, self._clips = batch.previous_grads is not None, max_norm is not None
-        self._is_adamw, self._is_compensated = "V" in plan.dtypes, "COMPENSATION" in plan.dtypes
-        self._keeps_last_grad = batch.form is Form.APPROX
-        self._types = {f"{name}_DTYPE": _triton_dtype(dtype) for name, dtype in plan.dtypes.items()}
-        g_dtype = self._types["G_DTYPE"]
-        wide = torch.promote_types(plan.dtypes["X"], torch.float32)
-        self._wide = {"WIDE": _triton_dtype(wide)}
-        self._read = {"G_DTYPE": g_dtype, "PREV_DTYPE": self._types.get("PREV_DTYPE", g_dtype)}
+        *self.numbers, self._max_norm = bits((*numbers, max_norm or 0.0))
+        # Norms are of wholes, and a rank has parts: of ‖g_{t−1}‖ of a part nothing follows.
+        self.is_spread = operands.clips and not batch.is_whole
+        self._bounds = operands.clips and batch.is_whole
+        self.norms_of_g = operands.norms_of_g
         # f of the global clip: one for all batches of a step.
         factor = table.zero if batch.factor is None else batch.factor
-        self._factor = factor if isinstance(factor, Tensor) else torch.tensor(factor, dtype=torch.float64)
-        self._scaling = {"SCALES": batch.factor is not None}
-        self._lanes: dict[str, Any] = {"ALIGNED": table.is_aligned, "BLOCK": BLOCK, **OPTIONS}
-        n = len(table.places)
-        self._knowledge = table.scratch("knowledge", n, torch.int32)
-        blocks = table.blocks if self._clips else 1
-        self._sums = [table.scratch(name, blocks, torch.float64) for name in ("sums_of_g", "sums_of_c")]
-        self._results = [table.scratch(name, n, wide) for name in ("factors", "step_sizes", "inverse_root_bias2")]
-        self._norms_of_g = table.scratch("norms_of_g", n, wide)  # of no use without the clip
+        self.factor = factor if isinstance(factor, Tensor) else torch.tensor(factor, dtype=torch.float64)
+        self.scaling = {"SCALES": batch.factor is not None}
         self._known: Tensor | None = None
         self._last_grads: list[Tensor] = []
-        if self._keeps_last_grad and self._is_corrected:
+        if operands.keeps_last_grad and operands.is_corrected:
             self._last_grads = self._tensors("previous_grads")
-            if self._clips and table.blocks:
+            if self._bounds:
                 self._known = last_norms.take_vector(self._last_grads, stream)
-                self._norms_of_g = torch.empty(n, dtype=wide, device=table.device)
+                self.norms_of_g = torch.empty_like(operands.norms_of_g)
 
-    def measure(self, flag: Tensor | None) -> None:
-        """Norms and what follows of them for each tensor; raises `flag`, if there is one, where c_t is not finite."""
-        norms, table, n = self._kernels.norms, self._table, len(self._table.places)
-        of_block = (table.table, table.tensor_of_block, table.stride)
-        of_tensor = (table.table, table.stride)
-        kappa, beta1, beta2, _, _, lr, _ = self._numbers
+    @property
+    def places(self) -> list[tuple[Batch, int]]:
+        """Of each tensor, its batch and its place in it."""
+        return [(self._batches[b], i) for b, i in self._table.places]
+
+    def squares(self) -> Tensor:
+        """Σ c² of this process's part of each tensor, in float64: where `is_spread`, for `measure`."""
+        operands = self.operands
+        totals = torch.empty(operands.n, dtype=torch.float64, device=self.device)
+        with torch.cuda.device_of(totals):
+            self._measure_blocks(torch.full_like(self.norms_of_g, torch.nan))
+            sums = operands.sums[operands.is_corrected]
+            self.kernels.norms.add_blocks[(operands.n,)](*operands.of_tensor, sums, totals, REDUCED=REDUCED)
+        return totals
+
+    def _measure_blocks(self, prev_norms: Tensor) -> None:
+        operands = self.operands
+        kappa, *_ = self.numbers
+        self.kernels.norms.measure[(self._table.blocks,)](
+            *(*operands.of_block, kappa, self._max_norm, prev_norms, *operands.sums, self.factor),
+            CORRECTED=operands.is_corrected,
+            **self.scaling,
+            **operands.measure,
+        )
+
+    def measure(self, flag: Tensor | None, squares: Tensor | None = None) -> None:
+        """Norms and what follows of them for each tensor; raises `flag`, if there is one, where c_t is not finite.
+
+        Args:
+            flag: a float32 number on the device, or None.
+            squares: where `is_spread`, Σ c² of every whole tensor.
+        """
+        norms, table, operands = self.kernels.norms, self._table, self.operands
+        kappa, beta1, beta2, _, _, lr, _ = self.numbers
+        clips, n = operands.clips, operands.n
+        if not clips and not operands.is_adamw:
+            return
+        sums = operands.sums if squares is None else [squares, squares]
         with torch.cuda.device_of(table.table):
-            if self._clips and table.blocks:
+            if clips and squares is None:
                 prev_norms = self._known
                 if prev_norms is None:
-                    prev_norms = torch.full_like(self._norms_of_g, torch.nan)
-                norms.measure[(table.blocks,)](
-                    *(*of_block, kappa, self._max_norm, prev_norms, *self._sums, self._factor),
-                    CORRECTED=self._is_corrected,
-                    **self._scaling,
-                    **self._wide,
-                    **self._read,
-                    **self._lanes,
-                )
-                if self._is_corrected:
+                    prev_norms = torch.full_like(self.norms_of_g, torch.nan)
+                self._measure_blocks(prev_norms)
+                if operands.is_corrected:
                     norms.judge[(n,)](
-                        *(*of_tensor, kappa, self._max_norm, prev_norms, self._knowledge, self._sums[0]),
-                        self._norms_of_g,
-                        REDUCED=REDUCED,
-                        **self._wide,
+                        *(*operands.of_tensor, kappa, self._max_norm, prev_norms, operands.knowledge, sums[0]),
+                        self.norms_of_g,
+                        **operands.judge,
                     )
                 if self._known is not None:  # else all have been measured
                     norms.measure_rest[(min(table.blocks, PROGRAMS_PER_UNIT * _units(table.device)),)](
-                        *(*of_tensor, n, kappa, self._knowledge, self._sums[1], self._factor),
-                        **self._scaling,
+                        *(*operands.of_tensor, n, kappa, operands.knowledge, sums[1], self.factor),
+                        **self.scaling,
                         REDUCED=REDUCED,
-                        **self._wide,
-                        **self._read,
-                        **self._lanes,
+                        **operands.measure,
                     )
-            if self._clips or self._is_adamw:
-                norms.prepare[(n,)](
-                    *(*of_tensor, beta1, beta2, lr, self._max_norm, self._knowledge, *self._sums, *self._results),
-                    table.zero if flag is None else flag,
-                    CORRECTED=self._is_corrected,
-                    CLIPS=self._clips,
-                    RAISES=flag is not None,
-                    IS_ADAMW=self._is_adamw,
-                    REDUCED=REDUCED,
-                    **self._wide,
-                )
+            norms.prepare[(n,)](
+                *(*operands.of_tensor, beta1, beta2, lr, self._max_norm, operands.knowledge, *sums),
+                *operands.results,
+                table.zero if flag is None else flag,
+                CORRECTED=operands.is_corrected,
+                CLIPS=clips,
+                SPREAD=squares is not None,
+                RAISES=flag is not None,
+                IS_ADAMW=operands.is_adamw,
+                **operands.judge,
+            )
 
-    def update(self, flag: Tensor | None) -> None:
+    def update(self, flag: Tensor | None, last_norms: LastNorms) -> None:
         """The update of all tensors, unless `flag` is raised."""
-        table = self._table
-        if table.blocks:
-            with torch.cuda.device_of(table.table):
-                self._kernels.update.update[(table.blocks,)](
-                    *(table.table, table.tensor_of_block, table.stride, *self._numbers, *self._results),
-                    table.zero if flag is None else flag,
-                    self._norms_of_g,
-                    self._factor,
-                    X_DTYPE=self._types["X_DTYPE"],
-                    M_DTYPE=self._types["M_DTYPE"],
-                    V_DTYPE=self._types.get("V_DTYPE", self._types["M_DTYPE"]),
-                    CORRECTED=self._is_corrected,
-                    KEEPS_LAST_GRAD=self._keeps_last_grad,
-                    CLIPS=self._clips,
-                    IS_ADAMW=self._is_adamw,
-                    COMPENSATED=self._is_compensated,
-                    **self._scaling,
-                    **self._wide,
-                    **self._read,
-                    **self._lanes,
-                )
-        # They were changed behind autograd's back.
-        torch.autograd.graph.increment_version([*self._tensors("params"), *self._last_grads])
+        table, operands = self._table, self.operands
+        with torch.cuda.device_of(table.table):
+            self.kernels.update.update[(table.blocks,)](
+                *(*operands.of_block, *self.numbers, *operands.results),
+                table.zero if flag is None else flag,
+                self.norms_of_g,
+                self.factor,
+                **self.scaling,
+                **operands.update,
+            )
+        self.finish(last_norms)
 
-    def remember(self, last_norms: LastNorms) -> None:
-        """‖g_t‖₂, which will be those of g_{t−1}."""
-        if self._last_grads and self._clips and self._table.blocks:
-            last_norms.remember_vector(self._last_grads, self._norms_of_g, self._stream)
+    def finish(self, last_norms: LastNorms) -> None:
+        """What the kernels have changed is known to be, and ‖g_t‖₂ is remembered where it was measured."""
+        # Behind autograd's back.
+        torch.autograd.graph.increment_version(self._tensors("params"))
+        if self._last_grads and last_norms.is_asked:
+            torch.autograd.graph.increment_version(self._last_grads)
+        if self._last_grads and self._bounds:
+            last_norms.remember_vector(self._last_grads, self.norms_of_g, self._stream)
 
     def _tensors(self, name: str) -> list[Tensor]:
         if self._table.is_everything:
@@ -195,19 +222,18 @@ def divide(kernels: Kernels, tensors: list[Tensor], divisors: Tensor) -> None:
     is_aligned = not any(address % ALIGNMENT for address in addresses)
     with torch.cuda.device_of(tensors[0]):
         table = Table([t.numel() for t in tensors], {"X": addresses}, is_aligned, device)
-        if table.blocks:
-            kernels.norms.divide[(table.blocks,)](
-                *(table.table, table.tensor_of_block, table.stride, divisors),
-                DTYPE=_triton_dtype(tensors[0].dtype),
-                WIDE=_triton_dtype(torch.promote_types(tensors[0].dtype, torch.float32)),
-                ALIGNED=is_aligned,
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
+        kernels.norms.divide[(table.blocks,)](
+            *(table.table, table.tensor_of_block, table.stride, divisors),
+            DTYPE=_triton_dtype(tensors[0].dtype),
+            WIDE=_triton_dtype(torch.promote_types(tensors[0].dtype, torch.float32)),
+            ALIGNED=is_aligned,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
     torch.autograd.graph.increment_version(tensors)
 
 
-def _bits(values: Iterable[float]) -> list[int]:
+def bits(values: Iterable[float]) -> list[int]:
     """Floats as integers that kernels make float64 of: float arguments of a kernel would be float32.
 
     Of the negatives: hyperparameters are not negative, and so no value is an int32 here and an int64 there.

@@ -7,11 +7,13 @@ nothing. A plan does not keep states alive.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import weakref
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,10 @@ DTYPES = {
 }
 
 
-def rows_of(batch: Batch) -> dict[str, list[Tensor]]:
+Rows = dict[str, list[Tensor]]
+
+
+def rows_of(batch: Batch) -> Rows:
     """The kernels' operands by the names of their rows."""
     rows = {
         "X": batch.params,
@@ -50,15 +55,18 @@ def rows_of(batch: Batch) -> dict[str, list[Tensor]]:
 
 
 class Plan:
-    """Which tensors of a batch the kernels take, and their addresses. Not changed once it is made.
+    """Which tensors of a batch the kernels take, and their addresses.
 
     Attributes:
         why_not: why the kernels take none of them; None if they can.
         taken: places in the batch of those that they take.
+        is_of_matrices: whether those of one shape are to lie next to each other in a table.
+        shapes: of the tensors, in that case.
         left: places of the others, which are strided in ways that no flat memory is.
         dtypes: of each row.
         sizes: elements of each tensor.
         addresses: of each row.
+        moves: how often rows have had other addresses.
         unaligned: places of those not aligned to 16 bytes, which are moved element by element.
         tables: see `tables_of`.
     """
@@ -66,58 +74,65 @@ class Plan:
     def __init__(self, batch: Batch):
         rows = rows_of(batch)
         self.dtypes = {name: row[0].dtype for name, row in rows.items()}
-        self.sizes = [param.numel() for param in batch.params]
+        self.sizes = list(map(Tensor.numel, batch.params))
+        self.is_of_matrices = batch.group["update"] == "shampoo"
+        self.shapes = [tuple(param.shape) for param in batch.params] if self.is_of_matrices else []
         self.why_not = _why_not(rows, batch)
         flat = [_is_flat([row[i] for name, row in rows.items() if name != "STEP"]) for i in range(len(self.sizes))]
         self.taken = [i for i, is_flat in enumerate(flat) if is_flat]
         self.left = [i for i, is_flat in enumerate(flat) if not is_flat]
         self.tables: tuple | None = None
+        self.addresses = {name: list(map(Tensor.data_ptr, row)) for name, row in rows.items()}
+        self.moves = 0
+        self._made_rows = [name for name in rows if not batch.is_whole or name in _made_rows(batch)]
+        self._kept_unaligned = self._unaligned([name for name in rows if name not in self._made_rows])
+        self.unaligned = self._kept_unaligned | self._unaligned(self._made_rows)
         kept, made = _kept_and_made(batch)
         self._ids = list(map(id, kept))
-        self._alive = [True]
         # With one of its tensors a plan ends, without keeping any alive. The function must not know the plan: that
         # would be a circle.
-        alive = self._alive
+        alive = self._alive = [True]
         self._references = [weakref.ref(tensor, lambda _: alive.clear()) for tensor in kept]
         self._kept_addresses = list(map(Tensor.data_ptr, kept))
-        self._strides = None if all(t.is_contiguous() for t in made) else [t.stride() for t in made]
+        self._made_addresses = list(map(Tensor.data_ptr, made))
         self._kinds = _kinds(made)
-        self._made_sizes = list(map(Tensor.numel, made))
-        self._set_addresses(rows, list(map(Tensor.data_ptr, made)))
 
-    def _set_addresses(self, rows: dict[str, list[Tensor]], made_addresses: list[int]) -> None:
-        self._made_addresses = made_addresses
-        self.addresses: dict[str, Sequence[int]] = {
-            name: array("q", map(Tensor.data_ptr, row)) for name, row in rows.items()
-        }
-        together = [row for name, row in self.addresses.items() if name != "STEP"]
-        self.unaligned = {i for row in together for i, address in enumerate(row) if address % ALIGNMENT}
+    def _unaligned(self, names: list[str]) -> set[int]:
+        places: set[int] = set()
+        for row in (self.addresses[name] for name in names if name != "STEP"):
+            if functools.reduce(operator.or_, row) % ALIGNMENT:
+                places.update(i for i, address in enumerate(row) if address % ALIGNMENT)
+        return places
 
     def renewed(self, batch: Batch) -> Plan:
-        """This plan if it is that of `batch`; else another one."""
+        """This plan, with the addresses of what has moved, if it is that of `batch`; else another one."""
         kept, made = _kept_and_made(batch)
         if (
             not self._alive
             or list(map(id, kept)) != self._ids
             or list(map(Tensor.data_ptr, kept)) != self._kept_addresses
-            or list(map(Tensor.numel, batch.params)) != self.sizes
             or _kinds(made) != self._kinds
-            or list(map(Tensor.numel, made)) != self._made_sizes
-            or (self._strides is not None and [t.stride() for t in made] != self._strides)
         ):
             return Plan(batch)
         made_addresses = list(map(Tensor.data_ptr, made))
-        if made_addresses == self._made_addresses:
-            return self
-        moved = object.__new__(Plan)
-        moved.__dict__.update(self.__dict__)
-        moved.tables = None
-        moved._set_addresses(rows_of(batch), made_addresses)
-        return moved
+        if made_addresses != self._made_addresses:
+            self.moves += 1
+            self._made_addresses, n = made_addresses, len(self.sizes)
+            for k, name in enumerate(self._made_rows):
+                self.addresses[name] = made_addresses[k * n : (k + 1) * n]
+            self.unaligned = self._kept_unaligned | self._unaligned(self._made_rows)
+        return self
+
+
+def _made_rows(batch: Batch) -> tuple[str, ...]:
+    """Rows of tensors that are others in each step: gradients that the backward passes have made."""
+    return ("G", "PREV") if batch.form is Form.EXACT else ("G",)
 
 
 def _kept_and_made(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that mostly are those of the last step, and those that the backward passes have made."""
+    """Tensors that mostly are those of the last step, and others: gradients, and views of flat tensors; by rows."""
+    if not batch.is_whole:
+        return [], [tensor for row in rows_of(batch).values() for tensor in row]
     kept = [*batch.params, *batch.exp_avgs, *batch.exp_avg_sqs, *batch.steps, *batch.compensations]
     if batch.previous_grads is None:
         return kept, batch.grads
@@ -126,8 +141,14 @@ def _kept_and_made(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     return kept + batch.previous_grads, batch.grads
 
 
-def _kinds(tensors: list[Tensor]) -> tuple[set, set, bool]:
-    return set(map(type, tensors)), {t.dtype for t in tensors}, all(map(Tensor.is_contiguous, tensors))
+def _kinds(tensors: list[Tensor]) -> tuple:
+    """What else than its address the kernels must know of a tensor."""
+    is_contiguous = all(map(Tensor.is_contiguous, tensors))
+    layouts = is_contiguous or [(t.shape, t.stride()) for t in tensors]
+    return set(map(type, tensors)), list(map(_dtype, tensors)), list(map(Tensor.numel, tensors)), layouts
+
+
+_dtype = operator.attrgetter("dtype")
 
 
 def _why_not(rows: dict[str, list[Tensor]], batch: Batch) -> str | None:
@@ -163,8 +184,8 @@ def _is_flat(tensors: list[Tensor]) -> bool:
     return all(t.shape == first.shape and t.stride() == first.stride() for t in tensors)
 
 
-# Of the last step's batches, by their first parameter and their number of parameters: a batch and what the kernels
-# take of it differ in the latter.
+# Of the last step's batches, by their first parameter and their number of tensors: a batch and what kernels take of
+# it differ in the latter.
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -172,7 +193,7 @@ def plan_of(batch: Batch) -> Plan:
     """The plan of a batch, that of the last step where it still holds."""
     if batch.plan is not None:
         return batch.plan
-    of_first = _plans.setdefault(batch.params[0], {})
+    of_first = _plans.setdefault(batch.params[0] if batch.first is None else batch.first, {})
     known = of_first.get(len(batch.params))
     plan = Plan(batch) if known is None else known.renewed(batch)
     if plan is not known:
@@ -190,70 +211,98 @@ class Table:
         places: of each tensor the number of its plan, and its place in that.
         is_aligned: whether all addresses are multiples of 16.
         is_everything: whether these are all tensors of one plan, in order.
+        first_blocks: of each tensor, and the number of all blocks.
         table, tensor_of_block, stride: the kernels' arguments.
         zero: a flag that is never raised.
-        scratch: the kernels' memory between launches of one step, by name.
+        operands: of launches, which are kept here between steps.
     """
 
-    def __init__(
-        self, sizes: list[int], addresses: Mapping[str, Sequence[int]], is_aligned: bool, device: torch.device
-    ):
+    def __init__(self, sizes: list[int], addresses: Mapping[str, list[int]], is_aligned: bool, device: torch.device):
         self.is_aligned, self.device = is_aligned, device
         self.places: list[tuple[int, int]] = []
         self.is_everything = True
-        first_blocks = [0, *itertools.accumulate(-(-size // BLOCK) for size in sizes)]
+        # A tensor without elements has a block, too, which counts its steps.
+        first_blocks = [0, *itertools.accumulate(max(1, -(-size // BLOCK)) for size in sizes)]
         self.blocks, n = first_blocks[-1], len(sizes)
         self.stride = n + 2 - n % 2  # with room for first_blocks, and rows aligned to 16 bytes
         data = array("q")
         for row in (sizes, first_blocks, *(addresses.get(name, ()) for name in ROWS)):
             data.extend(row)
             data.extend([0] * (self.stride - len(row)))
-        on_device = torch.frombuffer(data, dtype=torch.int64)
-        if device.type == "cuda":  # the host does not wait for it
-            on_device = on_device.pin_memory().to(device, non_blocking=True)
-        self.table = on_device
-        counts = on_device[self.stride + 1 : self.stride + 1 + n] - on_device[self.stride : self.stride + n]
+        self.table = _on_host(data, device).to(device, non_blocking=True)
+        counts = self.table[self.stride + 1 : self.stride + 1 + n] - self.table[self.stride : self.stride + n]
         self.tensor_of_block = torch.repeat_interleave(counts, output_size=self.blocks).int()
         self.zero = torch.zeros((), dtype=torch.float32, device=device)  # a flag that is not raised
-        self._scratch: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self.operands: tuple[Any, Any] = None, None
+        self.first_blocks = first_blocks
+        self._rows: list[dict[str, list[int]]] = []
+        self._moves: list[int] = []
 
     @classmethod
     def of_plans(
         cls, plans: tuple[Plan, ...], places: list[tuple[int, int]], is_aligned: bool, device: torch.device
     ) -> Table:
         """The table of some of the tensors of `plans`."""
-        is_everything = len(plans) == 1 and len(places) == len(plans[0].sizes)
-        if is_everything:
-            table = cls(plans[0].sizes, plans[0].addresses, is_aligned, device)
-        else:
-            names = plans[0].addresses
-            addresses = {name: [plans[p].addresses[name][i] for p, i in places] for name in names}
-            table = cls([plans[p].sizes[i] for p, i in places], addresses, is_aligned, device)
+        is_everything = len(plans) == 1 and places == [(0, i) for i in range(len(plans[0].sizes))]
+        sizes = plans[0].sizes if is_everything else [plans[p].sizes[i] for p, i in places]
+        addresses = [plan.addresses for plan in plans]
+        chosen = {name: _chosen(name, addresses, places, is_everything) for name in plans[0].addresses}
+        table = cls(sizes, chosen, is_aligned, device)
         table.places, table.is_everything = places, is_everything
+        table._rows, table._moves = list(map(dict, addresses)), [plan.moves for plan in plans]
         return table
 
-    def scratch(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
-        """Memory that the next step may use again, of no particular content."""
-        key = name, size, dtype
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty(size, dtype=dtype, device=self.device)
-        return self._scratch[key]
+    def follow(self, plans: tuple[Plan, ...]) -> None:
+        """Upload the rows of what has moved."""
+        moves = [plan.moves for plan in plans]
+        if moves == self._moves:
+            return
+        addresses = [plan.addresses for plan in plans]
+        for number, name in enumerate(ROWS, start=2):
+            if any(new.get(name) is not old.get(name) for new, old in zip(addresses, self._rows, strict=True)):
+                row = array("q", _chosen(name, addresses, self.places, self.is_everything))
+                there = self.table.narrow(0, number * self.stride, len(row))
+                there.copy_(_on_host(row, self.device), non_blocking=True)
+        self._rows, self._moves = list(map(dict, addresses)), moves
 
 
-def tables_of(plans: tuple[Plan, ...], stream: int, device: torch.device) -> Iterator[Table]:
+def _chosen(
+    name: str, addresses: list[dict[str, list[int]]], places: list[tuple[int, int]], is_everything: bool
+) -> list[int]:
+    """A row of a table."""
+    if is_everything:
+        return addresses[0][name]
+    return [addresses[p][name][i] for p, i in places]
+
+
+def _on_host(data: array, device: torch.device) -> Tensor:
+    """Where a copy to the device can begin without the host waiting for it."""
+    tensor = torch.frombuffer(data, dtype=torch.int64)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def tables_of(plans: tuple[Plan, ...], stream: int, device: torch.device) -> list[Table]:
     """The tables of all tensors that the kernels take of `plans`: mostly one.
 
     They are kept with the first plan, for the stream on which they were made: memory belongs to a stream.
     """
     first, *others = plans
-    if first.tables is None or first.tables[0] != stream or not _are(first.tables[1], others):
-        places = [(p, i) for p, plan in enumerate(plans) for i in plan.taken]
-        by_alignment: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        for p, i in places:
-            by_alignment[i not in plans[p].unaligned].append((p, i))
-        tables = [Table.of_plans(plans, some, aligned, device) for aligned, some in by_alignment.items() if some]
-        first.tables = stream, others, tables
-    yield from first.tables[2]
+    unaligned = [plan.unaligned for plan in plans]
+    if first.tables is not None:
+        known_stream, known_others, known_unaligned, tables = first.tables
+        if known_stream == stream and _are(known_others, others) and known_unaligned == unaligned:
+            for table in tables:
+                table.follow(plans)
+            return tables
+    places = [(p, i) for p, plan in enumerate(plans) for i in plan.taken]
+    if first.is_of_matrices:
+        places.sort(key=lambda place: plans[place[0]].shapes[place[1]])
+    by_alignment: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    for p, i in places:
+        by_alignment[i not in plans[p].unaligned].append((p, i))
+    tables = [Table.of_plans(plans, some, aligned, device) for aligned, some in by_alignment.items() if some]
+    first.tables = stream, others, unaligned, tables
+    return tables
 
 
 def _are(left: list, right: list) -> bool:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..algorithm.adamw import adamw
-from ..algorithm.correction import clipped, corrected_gradient, kappa
+from ..algorithm.correction import clipped, corrected_gradient, kappa, momentum, move
+from ..algorithm.shampoo import update_scale
 from ..batch import Batch
 from ..form import Form
 from ..sharding import WHOLE
@@ -50,6 +51,28 @@ def trial_batch(device: torch.device, block: int) -> tuple[Batch, dict[str, list
     )
     expected["last gradient"] = g
     return batch, expected
+
+
+def trial_of_matrices(device: torch.device, block: int) -> tuple[Batch, dict[str, list[Tensor]], Tensor]:
+    """MARS-Shampoo's step to take, its results by torch's kernels: x, m and g_{t−1}, and the updates to take it with.
+
+    Two matrices of a whole block and a half; c_t of one is clipped. Updates: (2, m, n).
+    """
+    ramp = torch.linspace(-1, 1.3, 3 * block, dtype=torch.float32, device=device).view(2, 3, block // 2)
+    x, g, previous, m = ([scale * t.contiguous() for t in ramp] for scale in (1.0, 0.04, 0.02, 0.1))
+    group = {"update": "shampoo", "lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    group.update(gamma=GAMMA, max_norm=MAX_NORM, skip_nonfinite=False)
+    group.update(layout="out_in", ns_steps=5, adjust_lr_fn="match_rms_adamw")
+    batch = Batch(group, Form.APPROX, x, g, previous, m, [], [], [], [{}, {}], [WHOLE, WHOLE])
+    updates = ramp.flip(0).contiguous()
+    expected = {name: [t.clone() for t in row] for name, row in _results(batch).items()}
+    c = corrected_gradient(g, [t.clone() for t in previous], kappa=kappa(GAMMA, BETA1))
+    c = clipped(c, [t.norm() for t in c], MAX_NORM, in_place=True)
+    momentum(expected["moving average"], c, beta1=BETA1, gamma=0.0)
+    rate = LR * update_scale(x[0].shape, "out_in", "match_rms_adamw")
+    move(expected["parameter"], list(updates), rates=[rate] * 2, decay=1 - LR * WEIGHT_DECAY, flag=None)
+    expected["last gradient"] = g
+    return batch, expected, updates
 
 
 def what_differs(batch: Batch, expected: dict[str, list[Tensor]]) -> str | None:

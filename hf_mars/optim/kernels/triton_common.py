@@ -102,3 +102,10 @@ def store(pointer, lanes, count, values, MASKED: tl.constexpr):
 def corrected(kappa, g, prev, WIDE: tl.constexpr):
     """c = g + κ (g − g_prev)"""
     return g + number(kappa).to(WIDE) * (g - prev)
+
+
+@triton.jit
+def lerp(start, end, weight, WIDE: tl.constexpr):
+    """From the nearer end, as torch.lerp does it."""
+    change = end - start
+    return tl.where(weight < 0.5, start + weight.to(WIDE) * change, end - (1 - weight).to(WIDE) * change)

@@ -45,15 +45,20 @@ def _squares(values):
 
 
 @triton.jit
-def _norm_of_blocks(sums, table, stride, k, WIDE: tl.constexpr, REDUCED: tl.constexpr):
-    """The root of the sum of a tensor's blocks."""
+def _sum_of_blocks(sums, table, stride, k, REDUCED: tl.constexpr):
     at_first = table + FIRST_BLOCK * stride + k
     first, last = tl.load(at_first), tl.load(at_first + 1)
     lanes = tl.zeros((REDUCED,), dtype=tl.float64)
     for start in range(first, last, REDUCED):
         offsets = start + tl.arange(0, REDUCED)
         lanes += tl.load(sums + offsets, mask=offsets < last, other=0.0)
-    return tl.sqrt(tl.sum(lanes, axis=0)).to(WIDE)
+    return tl.sum(lanes, axis=0)
+
+
+@triton.jit
+def _norm_of_blocks(sums, table, stride, k, WIDE: tl.constexpr, REDUCED: tl.constexpr):
+    """The root of the sum of a tensor's blocks."""
+    return tl.sqrt(_sum_of_blocks(sums, table, stride, k, REDUCED)).to(WIDE)
 
 
 @triton.jit
@@ -178,6 +183,13 @@ def measure_rest(
 
 
 @triton.jit(do_not_specialize=VARYING)
+def add_blocks(table, stride, sums, totals, REDUCED: tl.constexpr):
+    """The sum of a tensor's blocks: of a part of a tensor, which is added up over ranks then."""
+    k = tl.program_id(0)
+    tl.store(totals + k, _sum_of_blocks(sums, table, stride, k, REDUCED))
+
+
+@triton.jit(do_not_specialize=VARYING)
 def prepare(
     table,
     stride,
@@ -195,18 +207,22 @@ def prepare(
     WIDE: tl.constexpr,
     CORRECTED: tl.constexpr,
     CLIPS: tl.constexpr,
+    SPREAD: tl.constexpr,
     RAISES: tl.constexpr,
     IS_ADAMW: tl.constexpr,
     REDUCED: tl.constexpr,
 ):
     """A tensor's numbers: the clip's factor, c̃ = factor · c; η/(1−β1^t) and 1/√(1−β2^t) of the coming t.
 
+    SPREAD: over ranks, and sums_of_c has Σ c² of every whole tensor, not of blocks.
     RAISES: the flag, where c is not finite. Every program that writes to it writes the same.
     """
     k = tl.program_id(0)
     if CLIPS:
         norm = tl.zeros((), dtype=WIDE)
-        if not CORRECTED:
+        if SPREAD:
+            norm = tl.sqrt(tl.load(sums_of_c + k)).to(WIDE)
+        elif not CORRECTED:
             norm = _norm_of_blocks(sums_of_g, table, stride, k, WIDE, REDUCED)
         elif tl.load(knowledge + k) != SHORT:
             norm = _norm_of_blocks(sums_of_c, table, stride, k, WIDE, REDUCED)

@@ -19,19 +19,13 @@ from .triton_common import (
     block_of,
     corrected,
     div,
+    lerp,
     load,
     load_g,
     number,
     sqrt,
     store,
 )
-
-
-@triton.jit
-def _lerp(start, end, weight, WIDE: tl.constexpr):
-    """From the nearer end, as torch.lerp does it."""
-    change = end - start
-    return tl.where(weight < 0.5, start + weight.to(WIDE) * change, end - (1 - weight).to(WIDE) * change)
 
 
 @triton.jit
@@ -89,7 +83,7 @@ def _update_block(
         c *= tl.load(clip_factors + k)
     if IS_ADAMW == 0:  # sign(NaN) is 0: a NaN in m would stop the element for ever, without a sign of it
         c = tl.where(tl.abs(c) < float("inf"), c, m)
-    m = _lerp(m, c, 1 - number(beta1), WIDE)
+    m = lerp(m, c, 1 - number(beta1), WIDE)
     store(at_m, lanes, count, m, MASKED)
     if IS_ADAMW:
         v = number(beta2).to(WIDE) * v + (1 - number(beta2)).to(WIDE) * c * c
@@ -98,7 +92,7 @@ def _update_block(
         change = tl.load(step_sizes + k) * div(m, denominator, WIDE)
     else:
         # an infinite m times zero would be NaN
-        m = tl.where(number(gamma) == 0, m, _lerp(m, c, number(gamma), WIDE))
+        m = tl.where(number(gamma) == 0, m, lerp(m, c, number(gamma), WIDE))
         change = number(lr).to(WIDE) * ((m > 0).to(WIDE) - (m < 0).to(WIDE))
     x = number(decay).to(WIDE) * x - change
     store(at_x, lanes, count, x, MASKED)

@@ -20,6 +20,9 @@ class Part:
     sums_over: tuple[Ranks, ...] = ()
     """Groups of ranks over which sums of parts add up, one group after the other, to those of the whole."""
 
+    ranks: tuple[Ranks, ...] = ()
+    """Groups of ranks that hold the rest of the parameter, or the same of it."""
+
     def of(self, tensor: Tensor) -> Tensor:
         """This process's part of a tensor laid out as the param_group's (gradient, state), in the same memory."""
         return tensor
@@ -75,6 +78,10 @@ class Slice(Pieces):
     def sums_over(self) -> tuple[Ranks, ...]:  # type: ignore[override]
         return (self.spread_over,)
 
+    @property
+    def ranks(self) -> tuple[Ranks, ...]:  # type: ignore[override]
+        return (self.spread_over,)
+
     def of(self, tensor: Tensor) -> Tensor:
         return tensor.narrow(0, self.offset, self.counts[self.spread_over.rank()])
 
@@ -105,6 +112,10 @@ class DTensorPart(Part):
     @property
     def sums_over(self) -> tuple[Ranks, ...]:  # type: ignore[override]
         return tuple(self.param.device_mesh.get_group(d) for d in self.mesh_dims)
+
+    @property
+    def ranks(self) -> tuple[Ranks, ...]:  # type: ignore[override]
+        return tuple(self.param.device_mesh.get_all_groups())
 
     def of(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
