@@ -12,7 +12,6 @@ from .batch import Batch
 from .groups import Group
 from .kernels import cpu, gpu
 from .last_grad import LastNorms
-from .sharding import WHOLE, part_of
 from .skipping import Skip
 
 
@@ -118,4 +117,4 @@ def why_composed(group: Group) -> str | None:
             group[key] or "float32" for key in ("last_grad_dtype", "state_dtype")
         }
         return None if dtypes <= {torch.float32, "float32"} else "the compiled step takes float32 alone"
-    return None if all(part_of(param) is WHOLE for param in params) else "kernels take whole parameters alone"
+    return None
