@@ -104,6 +104,7 @@ TASKS = {
     "finetune": "full fine-tuning",
     "lora": "LoRA",
     "finetune_real": "full fine-tuning, SmolLM2-135M",
+    "lora_real": "LoRA, SmolLM2-135M",
 }
 AT_EDGE = {"lower": " (lowest tried)", "upper": " (highest tried)", None: ""}
 ADAMW, MARS_M = "mars_adamw, rate matched", "mars_m (0.9, 0.99) γ 0.05"

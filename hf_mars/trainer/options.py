@@ -274,8 +274,7 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None) -
         if getattr(model, "name_or_path", "") and all(param.requires_grad for param in model.parameters()):
             logger.warning_once(
                 f"optim={optim_name(args)!r} tunes all weights of a pretrained model: if Adam pretrained it, such "
-                "updates can degrade it (docs/guide.md); mars_adamw, or LoRA, is the safe choice, and hf_mars.sweep "
-                "tells"
+                "updates can degrade it (docs/guide.md); mars_adamw is the safe choice, and hf_mars.sweep tells"
             )
         kwargs["roles"] = parameter_roles(model)
         if args.parallel_mode == ParallelMode.DISTRIBUTED:  # data parallelism; sharded parameters find their own ranks
