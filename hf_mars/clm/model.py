@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers.integrations import deepspeed
 
 from .adapters import load_adapters, new_adapters
 from .arguments import DEFAULT_BLOCK_SIZE, ModelArguments
@@ -62,6 +65,19 @@ def override_config(config: PreTrainedConfig, overrides: str) -> None:
         raise UsageError(f"--config_overrides {overrides}: {error}") from error
 
 
+@contextlib.contextmanager
+def _without_zero_3() -> Iterator[None]:
+    """Inside, transformers makes whole models, also under ZeRO-3: to be sharded, they must have memory."""
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if kept is None else kept()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
 def count_parameters(config: PreTrainedConfig, model_args: ModelArguments, vocab_size: int | None) -> int:
     """The number of a model's parameters, from a model without memory.
 
@@ -87,7 +103,7 @@ def count_parameters(config: PreTrainedConfig, model_args: ModelArguments, vocab
     try:
         if layers is not None and layers < 1:
             raise ValueError(f"{layers} layers")
-        with torch.device("meta"):
+        with _without_zero_3(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
     except Exception as error:  # each of a hundred models has its own
         raise UsageError(f"{source}: is no {config.model_type} model: {type(error).__name__}: {error}") from error

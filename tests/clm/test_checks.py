@@ -1,15 +1,16 @@
 """Arguments that cannot work are refused in one message that names the argument, its value and what is allowed."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 from clm_helpers import QUIET, parse, run_main, write_documents, write_token_bin
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_mars.clm.checks import check_arguments, set_accumulation
 from hf_mars.clm.errors import UsageError
-from hf_mars.clm.model import load_config
+from hf_mars.clm.model import count_parameters, load_config
 from hf_mars.clm.processes import check_all_are_seen
 from hf_mars.clm.run import main
 
@@ -215,3 +216,17 @@ def test_the_sizes_that_are_printed_are_those_that_are_trained(caplog, monkeypat
     model_args, *_ = parse("--output_dir", "x", "--config_overrides", "n_layer=2,n_embd=64")
     load_config(model_args, 32)
     assert "a small GPT-2 from scratch (n_layer=2, n_head=4, n_embd=64, n_positions=32)" in caplog.text
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_parameters_are_counted_under_zero_3():
+    """There transformers shards what it makes, which a model without memory cannot be."""
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert config.is_zero3() and is_deepspeed_zero3_enabled()
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    llama = LlamaConfig(**sizes, num_attention_heads=2)
+    model_args, *_ = parse("--model_type", "llama", "--output_dir", "out")
+    assert count_parameters(llama, model_args, None) == LlamaForCausalLM(llama).num_parameters()
+    assert is_deepspeed_zero3_enabled()
