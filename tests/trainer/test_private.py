@@ -27,7 +27,7 @@ USES = {
     "_member_names_": (enum.Enum, "the names: trainer/registry.py"),
     "_member_map_": (enum.Enum, "the names: trainer/registry.py"),
     "_value2member_map_": (enum.Enum, "the names: trainer/registry.py"),
-    "_clip_grad_norm": (transformers.Trainer, "MarsTrainer's clip: trainer/trainer.py"),
+    "_clip_grad_norm": (transformers.Trainer, "exact mode does not clip: trainer/trainer.py"),
     "_get_grad_norm": (transformers.Trainer, "steps that are skipped without a clip: trainer/registry.py"),
     "_get_output_dir": (transformers.Trainer, "whole checkpoints: trainer/trainer.py"),
     "_get_default_store": (torch.distributed.distributed_c10d, "signals on several processes: trainer/signals.py"),
@@ -59,7 +59,7 @@ USES = {
 # Kernels for lists of tensors, of torch.optim's own: composed steps and norms.
 FOREACH = ("add_", "clamp_min", "copy_", "div", "div_", "lerp", "lerp_", "mul", "mul_", "norm", "sign", "sqrt")
 # MarsTrainer has methods of these names.
-OVERRIDDEN = {"_init_training_state", "_run_epoch", "_clip_grad_norm", "_get_grad_norm"}
+OVERRIDDEN = {"_init_training_state", "_run_epoch"}
 # Not private in spite of the underscore, or ours; and DeepSpeed's, without which optim/sharding/zero.py says so.
 PUBLIC = {"_replace", "_hashable_values_", "_dp_group", "_z3_optimizer"}
 
