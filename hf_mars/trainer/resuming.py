@@ -41,11 +41,18 @@ class Made(NamedTuple):
             "weight_decay".
         groups: its param_groups as they were made, without the parameters.
         name: the name.
+        is_empty: whether each group had no parameters.
     """
 
     given: frozenset[str]
     groups: list[Group]
     name: str
+    is_empty: list[bool]
+
+    def without_empty_groups(self) -> Made:
+        """As DeepSpeed leaves an optimizer: with LoRA there may be no 1d parameter."""
+        groups = [own for own, is_empty in zip(self.groups, self.is_empty, strict=True) if not is_empty]
+        return self._replace(groups=groups, is_empty=[False] * len(groups))
 
 
 _made: WeakKeyDictionary[Mars, Made] = WeakKeyDictionary()
@@ -75,7 +82,8 @@ def remember(optimizer: Optimizer, args: TrainingArguments) -> None:
     mars = mars_inside(optimizer)
     if mars is not None:
         groups = [{key: value for key, value in group.items() if key != "params"} for group in mars.param_groups]
-        _made[mars] = Made(given(args), groups, optim_name(args))
+        is_empty = [not group["params"] for group in mars.param_groups]
+        _made[mars] = Made(given(args), groups, optim_name(args), is_empty)
 
 
 def mars_inside(optimizer: Any) -> Mars | None:
@@ -103,6 +111,8 @@ def apply_given(trainer: Trainer) -> None:
     if not mars.state:
         logger.warning("the checkpoint has no state for the optimizer (optimizer.pt or scheduler.pt): it starts anew")
         return
+    if len(mars.param_groups) != len(made.groups):
+        made = made.without_empty_groups()
     changes: dict[str, tuple[Any, Any]] = {}
     kept: dict[str, tuple[Any, Any]] = {}
     for group, own in zip(mars.param_groups, made.groups, strict=True):

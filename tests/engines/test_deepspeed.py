@@ -39,7 +39,9 @@ def deepspeed(launches):
             if name in RESUMED:
                 runs.append(resumed(run, launches.checkpoint(zero, run["name"])))
             if name == LORA:
-                runs.append({**a_run(name, "deepspeed", 2, label=f"LoRA {zero}", zero=zero), "lora": True})
+                with_lora = {**a_run(name, "deepspeed", 2, label=f"LoRA {zero}", zero=zero), "lora": True}
+                runs.append(with_lora)
+                runs.append({**resumed(with_lora, launches.checkpoint(zero, with_lora["name"])), "lora": True})
             if name == APPROX[0]:
                 runs.append(finished(run, launches.checkpoint(zero, run["name"], 6)))
             if zero == "stage 1":
@@ -72,6 +74,7 @@ def test_zero_equals_one_process(name, zero, deepspeed, alone):
 def test_zero_with_lora_equals_one_process(zero, deepspeed, alone_with_lora):
     """All but the adapters is frozen."""
     check_same_numbers(deepspeed[f"LoRA {zero}"], alone_with_lora)
+    check_resumed(deepspeed[f"LoRA {zero} resumed"], deepspeed[f"LoRA {zero}"], tolerance=0)
 
 
 @pytest.mark.exhaustive
