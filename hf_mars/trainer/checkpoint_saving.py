@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils import logging
 
 from . import checkpoints
-from .checkpoints import CheckpointError
-from .names import optim_name
+from .checkpoints import CheckpointError, ResumeError
+from .names import VARIANTS, optim_name
 from .nodes import once_per_node
 
 logger = logging.get_logger(__name__)
@@ -128,7 +129,8 @@ def checkpoint_to_load(args: TrainingArguments, asked: str | bool | None) -> str
         asked: as for `Trainer.train`.
 
     Raises:
-        CheckpointError: in every process, if that checkpoint is not whole or there is none, or not everywhere.
+        CheckpointError: in every process, if that checkpoint is not whole or there is none, or not everywhere; or if
+            another optimizer or engine saved it whose state this run would misread or leave out.
     """
     if not asked:
         return None
@@ -139,11 +141,30 @@ def checkpoint_to_load(args: TrainingArguments, asked: str | bool | None) -> str
             folder = Path(asked)
         else:
             folder = newest_whole(Path(str(args.output_dir)), "resume_from_checkpoint=True")
+        check_run(folder, args)
         if args.should_save and folder.parent.resolve() == Path(str(args.output_dir)).resolve():
             checkpoints.leave_branch(folder)
         return str(folder)
 
     return once_per_node(args, find)
+
+
+def check_run(folder: Path, args: TrainingArguments) -> None:
+    """Raise a ResumeError where a checkpoint's manifest tells of another optimizer, or otherwise of DeepSpeed.
+
+    Other engines say so themselves.
+    """
+    manifest = checkpoints.read_manifest(folder) or {}
+    saved, own = manifest.get("optimizer"), optim_name(args)
+    if saved in VARIANTS and saved != own:
+        raise ResumeError(f"{folder}: {checkpoints.other_meaning('optim', saved, own, own)}")
+    engine, deepspeed = manifest.get("engine"), DistributedType.DEEPSPEED.value
+    if engine is not None and (engine == deepspeed) != (args.deepspeed_plugin is not None):
+        with_or_without = "with" if engine == deepspeed else "without"
+        raise ResumeError(
+            f"{folder}: the checkpoint was saved {with_or_without} DeepSpeed, which keeps the optimizer's state in "
+            f"files of its own: go on {with_or_without} it, or start a new run from its weights"
+        )
 
 
 def newest_whole(output_dir: Path, argument: str) -> Path:

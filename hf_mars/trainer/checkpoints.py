@@ -51,6 +51,14 @@ class Search(NamedTuple):
         return "; ".join(f"{path.name} ({why})" for path, why in self.passed_over)
 
 
+def other_meaning(setting: str, old: Any, new: Any, name: str) -> str:
+    """Why a run whose optimizer is `name` does not go on from a checkpoint that was saved with another setting."""
+    return (
+        f"the checkpoint was saved with {setting}={old!r}, but this run ({name}) has {setting}={new!r}, which gives "
+        "its state another meaning: go on with the setting that it was saved with, or start a new run from its weights"
+    )
+
+
 # ---- saving ----
 
 

@@ -249,7 +249,13 @@ def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
     """Settings that the arguments give take effect after a checkpoint is loaded."""
 
     def load_then_apply(self: Trainer, checkpoint: str | None) -> None:
-        if checkpoint is None or mars_name(self.args) is None:
+        if checkpoint is None:
+            load(self, checkpoint)
+            return
+        from .checkpoint_saving import check_run
+
+        check_run(Path(checkpoint), self.args)
+        if mars_name(self.args) is None:
             load(self, checkpoint)
             return
         from .checkpoints import ResumeError

@@ -16,6 +16,7 @@ from ..optim.groups import Group
 from ..optim.mars import Mars
 from ..optim.state import convert_states
 from .arguments import MarsTrainingArguments
+from .checkpoints import other_meaning
 from .defaults import transformers_default
 from .names import VARIANTS, optim_name
 from .options import parse_optim_args
@@ -151,11 +152,7 @@ def _check_structure(mars: Mars, made: Made, saved: Group, own: Group) -> None:
     """Refuse what would change the meaning of the saved state."""
 
     def refuse(setting: str, old: Any, new: Any) -> None:
-        raise ValueError(
-            f"the checkpoint was saved with {setting}={old!r}, but this run ({made.name}) has {setting}={new!r}, "
-            "which gives its state another meaning: go on with the setting that it was saved with, or start a new run "
-            "from its weights"
-        )
+        raise ValueError(other_meaning(setting, old, new, made.name))
 
     for key in ("kind", "update", "layout", "exact"):
         if saved[key] != own[key]:

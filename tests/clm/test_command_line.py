@@ -1,11 +1,15 @@
 """The command line: its defaults, its mistakes, and the two ways to start it."""
 
+import dataclasses
 import runpy
 
 import pytest
 from clm_helpers import TINY_MODEL, log_history, parse, run_script
 from launch_helpers import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from hf_mars import MarsTrainingArguments
+from hf_mars.clm import early
 
 
 @pytest.mark.parametrize(
@@ -109,3 +113,12 @@ def test_the_package_trains_without_a_checkout(tmp_path):
     assert run.returncode == 0, run.stderr
     assert log_history(tmp_path / "out")[-1]["step"] == 3
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_every_argument_of_a_trainer_of_ours_is_one():
+    """Also for the check that knows transformers' arguments from their source, and ours by name."""
+    ours = {field.name for field in dataclasses.fields(MarsTrainingArguments) if field.init}
+    ours -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert {"max_skipped_steps", "checkpoint_checksums"} <= ours <= early._OURS
+    *_, args = parse("--output_dir", "out", "--max_skipped_steps", 3, "--checkpoint_checksums", "full")
+    assert (args.max_skipped_steps, args.checkpoint_checksums) == (3, "full")

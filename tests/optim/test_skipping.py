@@ -134,10 +134,7 @@ def test_flags_are_added_up_on_the_device(devices_decide, monkeypatch):
             assert (optimizer.skipped_steps, optimizer.skipped_in_a_row) == (total, in_a_row)
 
 
-@EVERY_EXECUTION
-@EVERY_FUSED
-def test_the_kernels_skip(execution, calls, method):
-    """Large tensors, tensors of no elements, a decision of one batch about the others."""
+def check_that_they_skip(execution, calls, method):
     finals = []
     for at in ((), (1, 3)):
         params = execution.params()
@@ -146,19 +143,19 @@ def test_the_kernels_skip(execution, calls, method):
         finals.append((optimizer, params))
     assert calls
     assert_same_run(*finals)
+
+
+@EVERY_EXECUTION
+@EVERY_FUSED
+def test_the_kernels_skip(execution, calls, method):
+    """Large tensors, tensors of no elements, a decision of one batch about the others."""
+    check_that_they_skip(execution, calls, method)
 
 
 @pytest.mark.parametrize("execution", [ON_GPU], indirect=True)
 @EVERY_FUSED
 def test_the_kernels_skip_where_the_device_decides(execution, calls, method, devices_decide):
-    finals = []
-    for at in ((), (1, 3)):
-        params = execution.params()
-        optimizer = make(method, params, gamma=0.3, max_norm=0.5, weight_decay=0.1)
-        feed(optimizer, params, execution.gradients(params, 4), "clip", bad=math.nan, at=at, where=len(params) - 1)
-        finals.append((optimizer, params))
-    assert calls
-    assert_same_run(*finals)
+    check_that_they_skip(execution, calls, method)
 
 
 # ---- without a norm ----

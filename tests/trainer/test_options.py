@@ -200,6 +200,7 @@ def test_a_checkout_that_hides_the_installed_package_is_named(monkeypatch, caplo
 def test_all_weights_of_a_pretrained_model(tmp_path, caplog):
     """By orthogonalised updates: once, and not of new models or where some are frozen."""
     caplog.set_level("WARNING", "hf_mars")
+    options.logger.warning_once.cache_clear()  # other tests of this process tune such models, too
     optimizer_name = "mars_m"
 
     def make(model):

@@ -1,5 +1,6 @@
 """A resumed run does what its arguments say, or says that it does not."""
 
+import json
 import logging
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from trainer_helpers import MarsTrainer, Trainer, make_trainer, optimizer_of, train
 
-from hf_mars.trainer.checkpoints import MANIFEST
+from hf_mars.trainer.checkpoints import MANIFEST, CheckpointError
 
 SAVED = "gamma=0.3,max_norm=2.0,beta1=0.8,lr_1d=4e-3"
 
@@ -130,7 +131,9 @@ def test_betas_of_training_arguments(saved, tmp_path, warned):
     [
         ("mars_shampoo", SAVED, "mars_m", None, "optim='mars_shampoo', but this run .mars_m. has optim='mars_m'"),
         ("mars_m", SAVED, "mars_shampoo", None, "optim='mars_m', but this run .mars_shampoo. has optim="),
-        ("mars_adamw", SAVED, "mars_lion", None, "update='adamw'"),
+        ("mars_adamw", SAVED, "mars_lion", None, "optim='mars_adamw', but this run .mars_lion. has optim='mars_lion'"),
+        ("mars_adamw", SAVED, "adamw_torch", None, "optim='mars_adamw', but this run .adamw_torch. has optim="),
+        ("mars_adamw", SAVED, "sgd", None, "optim='mars_adamw', but this run .sgd. has optim='sgd'"),
         ("mars_adamw", SAVED, "mars_adamw", "exact=true", "exact=False, but this run .mars_adamw. has exact=True"),
         ("mars_adamw", SAVED, "mars_adamw", "optimize_1d=true", "optimize_1d=False, but this run"),
         ("mars_adamw", SAVED, "mars_adamw", "adjust_lr_fn=original", "adjust_lr_fn='match_rms_adamw', but"),
@@ -141,6 +144,19 @@ def test_what_changes_the_meaning_of_the_state_is_refused(saved, tmp_path, optim
     checkpoint = saved(optim, optim_args=saved_with)
     with pytest.raises(ValueError, match=message):
         resume(checkpoint, tmp_path, optim=other, optim_args=given)
+
+
+@pytest.mark.parametrize("engine, words", [("DEEPSPEED", "saved with DeepSpeed"), ("NO", None)])
+def test_a_checkpoint_of_deepspeed_is_refused_without_it(saved, tmp_path, engine, words):
+    """Its optimizer's state lies in files that no other engine reads; what a manifest says is enough to know."""
+    checkpoint = shutil.copytree(saved(), tmp_path / "checkpoint-2")
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**manifest, "engine": engine}))
+    if words is None:
+        resume(checkpoint, tmp_path, optim_args=SAVED)
+        return
+    with pytest.raises(CheckpointError, match=words):
+        resume(checkpoint, tmp_path, optim_args=SAVED)
 
 
 def test_a_clip_that_is_turned_off_is_no_such_change(saved, tmp_path):
