@@ -24,8 +24,31 @@ SETTINGS = {
     f"{optim} {option}": {"optim": optim, **settings} for optim in METHODS for option, settings in OPTIONS.items()
 }
 APPROX = [name for name in SETTINGS if "exact" not in name]  # DeepSpeed takes no second gradient
-EVERY_SETTING = pytest.mark.parametrize("name", SETTINGS)
-STOCK = [f"{name} Trainer" for name in APPROX]
+# In them each variant is and each option; the others wait for `make test-engines`.
+EVERY_TIME = [
+    "mars_adamw approx",
+    "mars_m approx",
+    "mars_lion unclipped",
+    "mars_shampoo unclipped",
+    "mars_adamw exact",
+    "mars_m exact",
+]
+
+
+def each(names):
+    """A parametrisation by names of SETTINGS."""
+    marks = {name: () if name in EVERY_TIME else pytest.mark.exhaustive for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
+
+
+def asked(request, names):
+    """Those of `names` that the tests of this session ask for in this module, or that stand for all in others."""
+    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    found = {"mars_adamw approx", "mars_m approx", *(item.callspec.params.get("name") for item in items)}
+    return [name for name in names if name in found]
+
+
+EVERY_SETTING = each(SETTINGS)
 
 # An epoch has four updates: training, and a checkpoint's resumption, cross its end.
 COMMON = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}

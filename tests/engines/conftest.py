@@ -1,7 +1,7 @@
 """The launches of the engines, and the runs without one that they are compared with."""
 
 import pytest
-from engine_helpers import SETTINGS, Launches
+from engine_helpers import SETTINGS, Launches, asked
 
 
 @pytest.fixture(scope="module")
@@ -10,5 +10,5 @@ def launches(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(launches):
-    return {name: launches.alone(name) for name in SETTINGS}
+def alone(request, launches):
+    return {name: launches.alone(name) for name in asked(request, SETTINGS)}

@@ -52,6 +52,5 @@ def test_bfloat16_deviates_no_more_than_adamw(several_processes, one_process):
         actual, expected = several_processes[f"{run}"]["losses"], one_process[run]
         assert len(actual) == len(expected) == STEPS
         deviations[run[0]] += sum(abs(a / e - 1) for a, e in zip(actual, expected, strict=True)) / STEPS / len(SEEDS)
-    print("DEV", deviations)
     for optim in NAMES:
         assert deviations[optim] <= deviations["adamw_torch_fused"], deviations

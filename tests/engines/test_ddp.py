@@ -1,7 +1,7 @@
 """DDP in the Trainer: two processes give the numbers of one, checkpoints resume, and a dead rank ends the job."""
 
 import pytest
-from engine_helpers import EVERY_SETTING, SETTINGS, STOCK, a_run, check_resumed, check_same_numbers, resumed
+from engine_helpers import APPROX, EVERY_SETTING, a_run, asked, check_resumed, check_same_numbers, each, resumed
 from launch_helpers import start
 
 # One fixture starts up to four launches, each with a timeout of its own.
@@ -17,13 +17,14 @@ def killed(launches):
 
 
 @pytest.fixture(scope="module")
-def ddp(launches, alone, killed):
-    runs = [a_run(name, "ddp", 2) for name in SETTINGS]
-    for name in SETTINGS:
+def ddp(request, launches, alone, killed):
+    runs = [a_run(name, "ddp", 2) for name in alone]
+    for name in alone:
         run = a_run(name, "ddp", 2)
         runs.append(resumed(run, launches.checkpoint("ddp", name)))
         runs.append(resumed(run, launches.checkpoint("alone", name), "grown"))
-    runs += [a_run(name.removesuffix(" Trainer"), "ddp", 2, label=name, trainer="Trainer") for name in STOCK]
+    stock = asked(request, APPROX)
+    runs += [a_run(name, "ddp", 2, label=f"{name} Trainer", trainer="Trainer") for name in stock]
     died = launches.checkpoint("killed", "mars_adamw approx")
     runs.append(a_run("mars_adamw approx", "ddp", 2, label="after the death", resume=died))
     return launches.together("ddp", "ddp", 2, runs)
@@ -36,9 +37,9 @@ def test_ddp_equals_one_process(name, ddp, alone):
     assert ddp[name]["state_keys"][0] == ddp[name]["state_keys"][1]
 
 
-@pytest.mark.parametrize("name", STOCK)
+@each(APPROX)
 def test_ddp_with_the_stock_trainer(name, ddp):
-    check_same_numbers(ddp[name], ddp[name.removesuffix(" Trainer")], tolerance=0)
+    check_same_numbers(ddp[f"{name} Trainer"], ddp[name], tolerance=0)
 
 
 @EVERY_SETTING

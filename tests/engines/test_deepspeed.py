@@ -6,8 +6,10 @@ from engine_helpers import (
     NEEDS_DEEPSPEED,
     ZERO,
     a_run,
+    asked,
     check_resumed,
     check_same_numbers,
+    each,
     finished,
     resumed,
 )
@@ -22,18 +24,18 @@ LORA = "mars_m approx"
 
 
 @pytest.fixture(scope="module")
-def alone(launches):
+def alone(request, launches):
     """Of the settings that DeepSpeed takes."""
-    return {name: launches.alone(name) for name in APPROX}
+    return {name: launches.alone(name) for name in asked(request, APPROX)}
 
 
 @pytest.fixture(scope="module")
-def deepspeed(launches):
+def deepspeed(launches, alone):
     """A launch per stage."""
     results = {}
     for zero in ZERO:
         runs = []
-        for name in APPROX:
+        for name in alone:
             run = a_run(name, "deepspeed", 2, label=f"{name} {zero}", zero=zero)
             runs.append(run)
             if name in RESUMED:
@@ -55,7 +57,7 @@ def alone_with_lora(launches):
     return launches.alone(LORA, lora=True)
 
 
-EVERY_APPROX = pytest.mark.parametrize("name", APPROX)
+EVERY_APPROX = each(APPROX)
 EVERY_STAGE = pytest.mark.parametrize("zero", ZERO)
 
 
@@ -91,7 +93,7 @@ def test_zero_refuses_checkpoints_of_another_number_of_processes(zero, launches,
 
 
 @NEEDS_DEEPSPEED
-@pytest.mark.parametrize("name", RESUMED)
+@each(RESUMED)
 @EVERY_STAGE
 def test_zero_resumes(name, zero, deepspeed):
     check_resumed(deepspeed[f"{name} {zero} resumed"], deepspeed[f"{name} {zero}"], tolerance=0)

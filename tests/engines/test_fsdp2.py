@@ -4,12 +4,12 @@ import pytest
 from engine_helpers import (
     APPROX,
     EVERY_SETTING,
-    SETTINGS,
     STATE_DICTS,
-    STOCK,
     a_run,
+    asked,
     check_resumed,
     check_same_numbers,
+    each,
     finished,
     resumed,
 )
@@ -19,20 +19,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def fsdp2_of_one(launches):
+def fsdp2_of_one(launches, alone):
     """One process of FSDP2, for its checkpoints: the Trainer takes them in no other engine."""
     runs = [
         a_run(name, "fsdp2", 1, label=f"{name} {state_dict}", state_dict=state_dict)
-        for name in SETTINGS
+        for name in alone
         for state_dict in STATE_DICTS
     ]
     return launches.together("fsdp2_of_one", "fsdp2", 1, runs)
 
 
 @pytest.fixture(scope="module")
-def fsdp2(launches, fsdp2_of_one):
+def fsdp2(request, launches, alone, fsdp2_of_one):
     runs = []
-    for name in SETTINGS:
+    for name in alone:
         for state_dict in STATE_DICTS:
             label = f"{name} {state_dict}"
             run = a_run(name, "fsdp2", 2, label=label, state_dict=state_dict)
@@ -40,14 +40,15 @@ def fsdp2(launches, fsdp2_of_one):
             runs += [run, resumed(run, launches.checkpoint("fsdp2", label)), grown]
             if name == APPROX[0]:
                 runs.append(finished(run, launches.checkpoint("fsdp2", label, 6)))
-    runs += [a_run(name.removesuffix(" Trainer"), "fsdp2", 2, label=name, trainer="Trainer") for name in STOCK]
+    stock = asked(request, APPROX)
+    runs += [a_run(name, "fsdp2", 2, label=f"{name} Trainer", trainer="Trainer") for name in stock]
     return launches.together("fsdp2", "fsdp2", 2, runs)
 
 
 @pytest.fixture(scope="module")
-def fsdp2_shrunk(launches, fsdp2):
+def fsdp2_shrunk(launches, alone, fsdp2):
     runs = []
-    for name in SETTINGS:
+    for name in alone:
         for state_dict in STATE_DICTS:
             label = f"{name} {state_dict}"
             run = a_run(name, "fsdp2", 1, label=label, state_dict=state_dict)
@@ -67,9 +68,9 @@ def test_fsdp2_equals_one_process(name, state_dict, fsdp2, alone):
     assert keys[0] == keys[1] and all(keys[0])
 
 
-@pytest.mark.parametrize("name", STOCK)
+@each(APPROX)
 def test_fsdp2_with_the_stock_trainer(name, fsdp2):
-    check_same_numbers(fsdp2[name], fsdp2[f"{name.removesuffix(' Trainer')} FULL_STATE_DICT"], tolerance=0)
+    check_same_numbers(fsdp2[f"{name} Trainer"], fsdp2[f"{name} FULL_STATE_DICT"], tolerance=0)
 
 
 @EVERY_SETTING

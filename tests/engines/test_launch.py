@@ -247,6 +247,7 @@ def network_namespaces():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_nodes_with_their_own_addresses_equal_one_process(one_process, tmp_path, network_namespaces):
     def commands(port):
         launches = two_nodes(network_namespaces[0][2], port)

@@ -33,8 +33,17 @@ def test_sharing(world):
     assert found["sharded MarsShampoo: messages a step"] == {"all_reduce": 1, "all_to_all_single": 2}
 
 
-@pytest.mark.parametrize("interpreted", [False, True], ids=["cpu", "triton"])
-@pytest.mark.parametrize("world, engine", [(2, "fsdp2"), (4, "hsdp"), (2, "one rank cannot")])
+@pytest.mark.parametrize(
+    "world, engine, interpreted",
+    [
+        pytest.param(2, "fsdp2", False, id="fsdp2-cpu"),
+        pytest.param(2, "fsdp2", True, id="fsdp2-triton"),
+        pytest.param(4, "hsdp", False, id="hsdp-cpu"),
+        pytest.param(4, "hsdp", True, id="hsdp-triton", marks=pytest.mark.exhaustive),
+        pytest.param(2, "one rank cannot", False, id="one rank cannot-cpu", marks=pytest.mark.exhaustive),
+        pytest.param(2, "one rank cannot", True, id="one rank cannot-triton"),
+    ],
+)
 def test_sharded_steps_in_compiled_kernels(world, engine, interpreted):
     """They give the numbers of the composed step. Ranks that do not agree about the kernels would wait for ever."""
     environment = {"TRITON_INTERPRET": "1"} if interpreted else {}

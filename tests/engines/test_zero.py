@@ -32,7 +32,12 @@ def test_zero_loops_equal_one_process():
 
 def test_zero_loops_in_triton_kernels_equal_one_process():
     """Slices, some of them empty."""
-    check_zero_loops(2, "2", "3, small sub-groups, overlap", TRITON_INTERPRET="1")
+    check_zero_loops(2, "3, small sub-groups, overlap", TRITON_INTERPRET="1")
+
+
+@pytest.mark.exhaustive
+def test_zero_2_loops_in_triton_kernels_equal_one_process():
+    check_zero_loops(2, "2", TRITON_INTERPRET="1")
 
 
 @pytest.mark.exhaustive

@@ -29,9 +29,10 @@ HERE = Path(__file__).parent
         ("test_gpu_kernels.py", ""),
         ("test_gpu_matrices.py", ""),
         ("test_kernels.py", "gpu"),
-        ("test_reference.py", "equals_the_reference and float64 and adamw"),
-        pytest.param("test_reference.py", "equals_the_reference and float64 and lion", marks=pytest.mark.exhaustive),
-        ("test_laws.py", "one_buffer or constant_gradient"),
+        ("test_reference.py", "equals_the_reference and float64 and adamw and (max_norm_0.3 or betas_eps or 1d)"),
+        pytest.param("test_reference.py", "equals_the_reference and float64", marks=pytest.mark.exhaustive),
+        ("test_laws.py", "one_buffer and 0.025 or constant_gradient"),
+        pytest.param("test_laws.py", "one_buffer", marks=pytest.mark.exhaustive),
         ("test_global_clip.py", "multiplied_first and kernels and (adamw or lion) and not float64"),
     ],
 )
@@ -43,7 +44,7 @@ def test_through_the_interpreter(file, chosen):
         [*command, HERE / file, "-k", chosen], capture_output=True, text=True, env=environment, cwd=ROOT
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 10 and "skipped" not in result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 3 and "skipped" not in result.stdout
 
 
 TARGETS = {"Turing": ("cuda", 75), "Ampere": ("cuda", 80), "Hopper": ("cuda", 90), "MI300": ("hip", "gfx942")}

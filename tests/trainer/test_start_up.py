@@ -107,8 +107,14 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("how", ["prefix", "variable"])
+@pytest.mark.parametrize(
+    "how, launcher",
+    [
+        *(("variable", launcher) for launcher in LAUNCHERS),
+        ("prefix", "torchrun"),
+        *(pytest.param("prefix", launcher, marks=pytest.mark.exhaustive) for launcher in [*LAUNCHERS][1:]),
+    ],
+)
 def test_what_launchers_start(tmp_path, launcher, how):
     """Commands as a user types them, with a script that knows nothing of hf_mars."""
     (tmp_path / "train.py").write_text(NAMES)
