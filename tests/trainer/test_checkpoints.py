@@ -190,6 +190,14 @@ def test_rotation_spares_the_last_whole_one(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
+def test_rotation_leaves_what_is_not_whole(run_dir):
+    """Of a run that was given up, beside which a new one saves."""
+    (run_dir / "checkpoint-2" / "optimizer.pt").unlink()
+    os.utime(run_dir / "checkpoint-2", (1e9, 1e9))
+    rotate(run_dir, 1, None)
+    assert sorted(path.name for path in run_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+
+
 def test_rotation_deletes_nothing_while_the_newest_is_broken(run_dir):
     (run_dir / "checkpoint-6" / "optimizer.pt").unlink()
     os.utime(run_dir / "checkpoint-6", (2e9, 2e9))
