@@ -70,6 +70,15 @@ def test_a_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(saved, run
     assert [path.name for path, why in search.passed_over if name in why] == ["checkpoint-6"]
 
 
+def test_adapters_need_their_configuration(run_dir):
+    folder = run_dir / "checkpoint-6"
+    (folder / "mars_manifest.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert fault(folder) == "adapter_config.json is missing"
+    (folder / "adapter_config.json").write_text("{}")
+    assert fault(folder) is None
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "zeros"])
 @pytest.mark.parametrize("name", NEEDED)
 def test_so_it_is_without_a_manifest(run_dir, name, damage):
