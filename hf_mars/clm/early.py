@@ -23,7 +23,7 @@ from .files import file_format, is_token_bin
 
 ARGUMENT_FILES = (".json", ".yaml", ".yml")
 # Of MarsTrainingArguments, and argparse's own.
-_OURS = {"mars_diagnostics", "max_skipped_steps", "checkpoint_checksums", "help"}
+_OURS = {"mars_diagnostics", "max_skipped_steps", "checkpoint_checksums", "fuse_clip", "help"}
 # Arguments that take the name of a model or data set on the Hub, or a local folder.
 _HUB_OR_FOLDER = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name")
 
