@@ -27,6 +27,7 @@ TRAINING_RANGES = {
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
     "max_steps": ("at least 1, or -1 for num_train_epochs", lambda v: v >= 1 or v == -1),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _NOT_NEGATIVE),
     "seed": ("between 0 and 4294967295", lambda v: 0 <= v < 2**32),
 }
 
@@ -62,7 +63,7 @@ def _check_training(training_args: MarsTrainingArguments) -> None:
         )
     for name, (allowed, is_allowed) in TRAINING_RANGES.items():
         value = getattr(training_args, name)
-        if not (math.isfinite(value) and is_allowed(value)):
+        if value is not None and not (math.isfinite(value) and is_allowed(value)):  # eval_steps may be None
             raise UsageError(f"--{name} {value}: must be {allowed}")
     if training_args.eval_on_start and not training_args.do_eval:
         raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")

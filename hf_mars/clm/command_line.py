@@ -66,6 +66,8 @@ def parse_arguments(argv: list[str], program: str | None = None) -> Arguments:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    except OverflowError as error:  # transformers makes integers of them
+        raise UsageError(f"--logging_steps, --eval_steps, --save_steps: must not be infinite ({error})") from error
     if unknown and not unknown[0].startswith("-"):
         raise UsageError(
             f"{unknown[0]}: belongs to no argument; put a pattern in quotes, and a file of arguments first of all"

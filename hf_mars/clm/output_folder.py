@@ -1,7 +1,7 @@
 """The output folder: where a run starts, and what it may remove there."""
 
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from hf_mars import MarsTrainingArguments
@@ -19,13 +19,15 @@ _WEIGHTS_ALONE = "; start a new run from its weights with --model_name_or_path"
 
 def check_writable(output_dir: Path) -> None:
     """Raise UsageError if nothing can be written to output_dir, or it cannot be made."""
+    existing = output_dir.absolute()
     try:
         existing = _existing(output_dir)
-        why = "is no folder" if not existing.is_dir() else "may not be written to"
-        if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-            return
+        why = "" if existing.is_dir() else "is no folder"
+        if not why:
+            with tempfile.TemporaryFile(dir=existing):  # file systems and rights have many ways to say no
+                return
     except OSError as error:
-        existing, why = output_dir.absolute(), str(error.strerror)
+        why = f"cannot be written to ({error.strerror})"
     where = "" if existing == output_dir.absolute() else f"{existing} "
     raise UsageError(f"--output_dir {output_dir}: {where}{why}; choose another folder")
 
@@ -39,10 +41,11 @@ def check_space(output_dir: Path, parameters: int, dtype: str | None) -> None:
         dtype: of its weights, as in --dtype; float32 if None.
     """
     least = 2 * parameters * (2 if dtype in ("bfloat16", "float16") else 4) / 2**20
-    free = shutil.disk_usage(_existing(output_dir)).free / 2**20
-    if free < least:
+    usage = shutil.disk_usage(_existing(output_dir))
+    free = usage.free / 2**20
+    if free < least and usage.total > 0:  # 0: a file system that does not tell
         raise UsageError(
-            f"--output_dir {output_dir}: a checkpoint takes at least {least:,.0f} MiB, and {free:,.0f} MiB are free "
+            f"--output_dir {output_dir}: a checkpoint takes at least {least:,.1f} MiB, and {free:,.1f} MiB are free "
             "there; choose another disk, or --save_strategy no"
         )
 
@@ -93,7 +96,10 @@ def checkpoint_to_resume(training_args: MarsTrainingArguments, run_args: RunArgu
                 "folder"
             ) from error
         if checkpoints_in(output_dir):
-            logger.warning(f"{error}; the run starts anew")
+            logger.warning(
+                f"{error}; the run starts anew, and these folders stay (save_total_limit does not count them), but "
+                "for those of the steps that it saves itself"
+            )
     return None
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
-from transformers.trainer_utils import IntervalStrategy, has_length
+from transformers.trainer_utils import has_length
 
 from ..optim.diagnostics import step_diagnostics
 from ..optim.mars import Mars
@@ -62,7 +62,7 @@ class MarsDiagnosticsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         mars = mars_optimizer(optimizer)
-        if mars is not None and will_log(args, state, kwargs.get("train_dataloader")):
+        if mars is not None and after_update(args, state, kwargs.get("train_dataloader")).should_log:
             # Measured only in step(): a gradient scaler (fp16) may unscale the gradients as late as on its way there.
             self._hook = mars.register_step_pre_hook(self._measure)
 
@@ -98,13 +98,14 @@ class MarsDiagnosticsCallback(TrainerCallback):
             self._diagnostics = {}
 
 
-def will_log(args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> bool:
-    """Whether the Trainer will log at the end of the update under way: its own rule, asked one step ahead."""
-    if args.logging_strategy == IntervalStrategy.EPOCH:
-        return _ends_epoch(state, train_dataloader, args.gradient_accumulation_steps)
+def after_update(args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> TrainerControl:
+    """What the Trainer will do at the end of the update under way: its own rules, asked one step ahead."""
     ahead = copy.copy(state)
     ahead.global_step += 1
-    return DefaultFlowCallback().on_step_end(args, ahead, TrainerControl()).should_log
+    control = DefaultFlowCallback().on_step_end(args, ahead, TrainerControl())
+    if _ends_epoch(state, train_dataloader, args.gradient_accumulation_steps):
+        control = DefaultFlowCallback().on_epoch_end(args, ahead, control)
+    return control
 
 
 def _ends_epoch(state: TrainerState, train_dataloader: Any, gradient_accumulation_steps: int) -> bool:

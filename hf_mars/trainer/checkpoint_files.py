@@ -36,6 +36,8 @@ def folder_fault(folder: Path, files: list[Path], *, parts_only: bool = False) -
         return NO_OPTIMIZER
     if not any(map(_WEIGHTS.fullmatch, names)):
         return "the model's weights are missing"
+    if any(name.startswith("adapter_model.") for name in names) and "adapter_config.json" not in names:
+        return "adapter_config.json is missing"  # without which PEFT loads no adapters
     is_deepspeed = any(name.startswith("global_step") for name in names)
     if "scheduler.pt" not in names and not is_deepspeed:
         return "scheduler.pt is missing"

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from . import checkpoints
@@ -71,19 +71,23 @@ def facts(trainer: Trainer) -> dict[str, Any]:
 
 
 def rotate(run_dir: Path, save_total_limit: int | None, best_model_checkpoint: str | None) -> None:
-    """transformers' rotation, unless the checkpoint that it would keep as the newest is not whole."""
+    """Delete the oldest whole checkpoints beyond `save_total_limit`, but for the newest and the best.
+
+    Those that are not whole are neither counted nor deleted: a run that starts anew beside them leaves them to the
+    user.
+    """
     if save_total_limit is None or save_total_limit <= 0:
         return
     newest = sort_checkpoints(str(run_dir), use_mtime=True)[-1]
     if why := checkpoints.fault(Path(newest), checksums=False):
         logger.warning(f"save_total_limit={save_total_limit}: nothing is deleted now, since {newest} {why}")
         return
-    rotate_checkpoints(
-        output_dir=str(run_dir),
-        save_total_limit=save_total_limit,
-        best_model_checkpoint=best_model_checkpoint,
-        use_mtime=True,
-    )
+    *older, _ = sort_checkpoints(str(run_dir), use_mtime=True, best_model_checkpoint=best_model_checkpoint)
+    older = [folder for folder in older if checkpoints.fault(Path(folder), checksums=False) is None]
+    best = None if best_model_checkpoint is None else str(Path(best_model_checkpoint))
+    for folder in older[: max(0, len(older) + 1 - save_total_limit)]:
+        if folder != best:
+            shutil.rmtree(folder, ignore_errors=True)  # which leaves symbolic links
 
 
 # In RuntimeErrors of torch.save, which does not tell why.

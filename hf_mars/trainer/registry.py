@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .hooks import add_to_callbacks, add_to_trainer
 from .names import VARIANTS, mars_name, nearest_optimizer, optim_name
 from .on_import import when_imported, wrap_once
 from .versions import check_transformers
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
     from transformers.trainer_optimizer import OptimizerContext
@@ -40,8 +39,8 @@ def register() -> None:
     when_imported("transformers.training_args", _add_names)
     when_imported("transformers.trainer_optimizer", _add_handlers)
     when_imported("transformers.modelcard", _describe_in_cards)
-    when_imported("transformers.trainer", _add_to_trainer)
-    when_imported("transformers.trainer_callback", _add_summary)
+    when_imported("transformers.trainer", add_to_trainer)
+    when_imported("transformers.trainer_callback", add_to_callbacks)
 
 
 def diagnose_every_trainer() -> None:
@@ -186,118 +185,6 @@ def _with_mars(extract: Callable[[Trainer], dict[str, Any]]) -> Callable[[Traine
         return extract(trainer) | ({} if description is None else {"optimizer": description})
 
     return extract_with_mars
-
-
-# ---- transformers.trainer_callback: the line that says what is in effect ----
-
-
-def _add_summary(trainer_callback: ModuleType) -> None:
-    wrap_once(trainer_callback.CallbackHandler, "on_optimizer_step", _with_summary)
-
-
-def _with_summary(on_optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
-    def on_optimizer_step_with_summary(
-        self: CallbackHandler, args: TrainingArguments, *rest: Any, **kwargs: Any
-    ) -> Any:
-        from .summary import show_once
-
-        show_once(args, self.optimizer)
-        return on_optimizer_step(self, args, *rest, **kwargs)
-
-    return on_optimizer_step_with_summary
-
-
-# ---- transformers.trainer: saving, resuming, skipped steps ----
-
-
-def _add_to_trainer(trainer: ModuleType) -> None:
-    wrap_once(trainer, "rotate_checkpoints", _after_saving)
-    wrap_once(trainer.Trainer, "create_optimizer", _remembered)
-    wrap_once(trainer.Trainer, "_load_optimizer_and_scheduler", _with_settings_given)
-    wrap_once(trainer.Trainer, "_clip_grad_norm", _checked)
-    wrap_once(trainer.Trainer, "_get_grad_norm", _told)
-
-
-def _after_saving(rotate: Callable[..., None]) -> Callable[..., None]:
-    """Delete no old checkpoint as long as one is being saved: MarsTrainer deletes when it is whole."""
-
-    def rotate_after_saving(output_dir: str, *args: Any, **kwargs: Any) -> None:
-        from .checkpoint_saving import being_saved
-
-        if Path(output_dir) not in being_saved:
-            rotate(output_dir, *args, **kwargs)
-
-    return rotate_after_saving
-
-
-def _remembered(create: Callable[..., Any]) -> Callable[..., Any]:
-    """Note how a MARS optimizer was made from its name, but for one that the user has made."""
-
-    def create_and_remember(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        is_new = self.optimizer is None
-        optimizer = create(self, *args, **kwargs)
-        if is_new and mars_name(self.args) is not None:
-            from .resuming import remember
-
-            remember(optimizer, self.args)
-        return optimizer
-
-    return create_and_remember
-
-
-def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
-    """Settings that the arguments give take effect after a checkpoint is loaded."""
-
-    def load_then_apply(self: Trainer, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            load(self, checkpoint)
-            return
-        from .checkpoint_saving import check_run
-
-        check_run(Path(checkpoint), self.args)
-        if mars_name(self.args) is None:
-            load(self, checkpoint)
-            return
-        from .checkpoints import ResumeError
-        from .resuming import apply_given
-
-        try:
-            load(self, checkpoint)
-            apply_given(self)
-        except ValueError as error:
-            raise ResumeError(f"{checkpoint}: {error}") from error
-
-    return load_then_apply
-
-
-def _checked(clip: Callable[..., Any]) -> Callable[..., Any]:
-    """Look at the gradients of logged steps before they are clipped."""
-
-    def check_and_clip(self: Trainer, model: nn.Module) -> Any:
-        if mars_name(self.args) is not None:
-            from .skipping import check_finite
-
-            check_finite(self, model)
-        return clip(self, model)
-
-    return check_and_clip
-
-
-def _told(get_norm: Callable[..., Any]) -> Callable[..., Any]:
-    """Tell the optimizer the norm of its gradients, by which it skips a step with one that is not finite."""
-
-    def get_norm_and_tell(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
-        if mars_name(self.args) is None or self.is_deepspeed_enabled:
-            return get_norm(self, model, grad_norm=grad_norm)  # DeepSpeed has taken its step by now
-        from .skipping import check_finite, tell_norm
-
-        if grad_norm is None:  # it was not clipped
-            check_finite(self, model)
-        norm = get_norm(self, model, grad_norm=grad_norm)
-        tell_norm(self, norm)
-        return norm
-
-    return get_norm_and_tell
 
 
 # ---- transformers.trainer: diagnostics in every Trainer, where they are asked for ----

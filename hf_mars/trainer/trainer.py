@@ -22,6 +22,7 @@ from .checkpoint_saving import checkpoint_to_load, whole_checkpoint
 from .names import mars_name
 from .options import hyperparameters, optimizer_cls_and_kwargs
 from .signals import StopOnSignal
+from .skipping import tell_skipped
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +53,7 @@ class MarsTrainer(Trainer):
     Checkpoints are whole or do not count (docs/reliability.md): each gets a manifest of its files, written last.
 
     A step whose gradient is not finite changes nothing; `args.max_skipped_steps` of them in a row (10), noticed where
-    the Trainer logs, are an error (`hf_mars.trainer.skipping`).
+    the Trainer logs, saves or ends, are an error (`hf_mars.trainer.skipping`).
 
     After SIGTERM, SIGINT or SIGUSR1 the update is finished, a checkpoint saved and the process ended with 128 + the
     signal's number, unless the process has a handler of its own for it.
@@ -170,6 +171,8 @@ class MarsTrainer(Trainer):
             super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if mars_name(self.args) is not None:
+            tell_skipped(self.args, self.state, self.optimizer)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self._pushes = []
         with whole_checkpoint(self, folder):

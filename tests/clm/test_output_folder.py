@@ -86,12 +86,20 @@ def test_auto_starts_anew_where_no_checkpoint_is_whole_and_says_so(tmp_path, cap
     _, _, run_args, training_args = parse("--output_dir", tmp_path, "--resume_from_checkpoint", "auto")
     with caplog.at_level(logging.WARNING, "run_clm"):
         assert checkpoint_to_resume(training_args, run_args) is None
-    assert "not whole: checkpoint-10 (trainer_state.json is missing); the run starts anew" in caplog.text
+    assert (
+        "not whole: checkpoint-10 (trainer_state.json is missing); the run starts anew, and these folders stay"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
     "name, why",
-    [("a_file", "is no folder"), ("a_file/out", "a_file is no folder"), ("n" * 300, "File name too long")],
+    [
+        ("a_file", "is no folder"),
+        ("a_file/out", "a_file is no folder"),
+        ("n" * 300, r"cannot be written to \(File name too long\)"),
+        ("/proc/x", r"/proc cannot be written to \(.*\)"),
+    ],
 )
 def test_a_folder_that_cannot_be_written(tmp_path, name, why):
     (tmp_path / "a_file").touch()
@@ -104,8 +112,8 @@ def test_no_space_for_a_checkpoint(tmp_path, monkeypatch):
     model = ("--config_overrides", "n_layer=1,n_head=2,n_embd=512,n_positions=32", "--vocab_size", 300)
     least = 2 * 4 * 3_323_392 / 2**20
     run = ["--output_dir", tmp_path, *model, "--do_train", "--max_steps", 1, "--use_cpu", "--report_to", "none"]
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(UsageError, match=f"a checkpoint takes at least {least:.0f} MiB, and 1 MiB are free there"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20, total=2**30))
+    with pytest.raises(UsageError, match=f"a checkpoint takes at least {least:.1f} MiB, and 1.0 MiB are free there"):
         main([*map(str, run)])
     run_main("--output_dir", tmp_path / "no", "--do_train", "--max_steps", 1, "--save_strategy", "no")
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import EVERY_METHOD, FEW_SHAPES, assert_close, assert_equal, make, make_gradients, make_params, run_steps
+from launch_helpers import ROOT
 
 from hf_mars.optim import MarsAdamW, from_adamw, to_adamw
 
@@ -68,6 +69,40 @@ def test_from_adamw_and_back():
     third = adamw(params, betas=(0.9, 0.95))
     third.load_state_dict(to_adamw(second, third))
     assert_close(run_steps(third, params, gradients[6:]), expected, 1e-12)
+
+
+def example_in_the_docs():
+    """The functions of docs/reliability.md."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    code = next(block for block in text.split("```python\n")[1:] if "def go_on_with_mars" in block).split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    return names["go_on_with_mars"], names["go_back"]
+
+
+def test_the_example_in_the_docs_keeps_groups_of_decay():
+    go_on_with_mars, go_back = example_in_the_docs()
+    params = make_params(FEW_SHAPES)
+    frozen = torch.nn.Parameter(torch.ones(3, 3), requires_grad=False)
+    decayed = [p for p in [*params, frozen] if p.requires_grad and p.ndim > 1]
+    others = [p for p in params if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.3, "lr": 0.02}, {"params": others, "weight_decay": 0.0}]
+    first = torch.optim.AdamW([dict(group) for group in groups], lr=0.01, eps=1e-7)
+    run_steps(first, params, make_gradients(params, 3))
+    averages = {p: first.state[p]["exp_avg"].clone() for p in params}
+
+    mars = go_on_with_mars(first)
+    settings = {p: (g["lr"], g["weight_decay"], g["eps"]) for g in mars.param_groups for p in g["params"]}
+    assert settings == {p: (0.02, 0.3, 1e-7) if p.ndim > 1 else (0.01, 0.0, 1e-7) for p in params}
+    plain = [g for g in mars.param_groups if g["kind"] == "1d"]
+    assert [g["betas"] for g in plain] == [(0.9, 0.999)]
+    assert_equal([mars.state[p]["exp_avg"] for p in params], [averages[p] for p in params])
+
+    run_steps(mars, params, make_gradients(params, 2))
+    second = torch.optim.AdamW(groups, lr=0.01)
+    go_back(mars, second)
+    assert_equal([second.state[p]["exp_avg"] for p in params], [mars.state[p]["exp_avg"] for p in params])
+    assert [g["weight_decay"] for g in second.param_groups] == [0.3, 0.0]
 
 
 def test_the_first_correction_after_adamw_is_zero():

@@ -70,6 +70,15 @@ def test_a_damaged_file_is_noticed_and_the_checkpoint_before_is_taken(saved, run
     assert [path.name for path, why in search.passed_over if name in why] == ["checkpoint-6"]
 
 
+def test_adapters_need_their_configuration(run_dir):
+    folder = run_dir / "checkpoint-6"
+    (folder / "mars_manifest.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert fault(folder) == "adapter_config.json is missing"
+    (folder / "adapter_config.json").write_text("{}")
+    assert fault(folder) is None
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "zeros"])
 @pytest.mark.parametrize("name", NEEDED)
 def test_so_it_is_without_a_manifest(run_dir, name, damage):
@@ -188,6 +197,14 @@ def test_rotation_spares_the_last_whole_one(tmp_path, monkeypatch):
     trainer.train()
     assert seen == [[], ["checkpoint-2"], ["checkpoint-4"]]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_rotation_leaves_what_is_not_whole(run_dir):
+    """Of a run that was given up, beside which a new one saves."""
+    (run_dir / "checkpoint-2" / "optimizer.pt").unlink()
+    os.utime(run_dir / "checkpoint-2", (1e9, 1e9))
+    rotate(run_dir, 1, None)
+    assert sorted(path.name for path in run_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
 
 
 def test_rotation_deletes_nothing_while_the_newest_is_broken(run_dir):

@@ -1,5 +1,6 @@
 """A Trainer's optimizer skips a step whose gradient is not finite, by the norm that the Trainer measures anyway."""
 
+import logging
 import math
 
 import pytest
@@ -99,6 +100,52 @@ def test_too_many_in_a_row_end_the_training(cls, max_grad_norm, tmp_path):
     with pytest.raises(NotFiniteError, match=f"step 6: 4 steps in a row .*max_skipped_steps=4.*{SPOILT}$"):
         trainer.train()
     assert trainer.state.global_step == 5
+
+
+@pytest.mark.parametrize("cls", [MarsTrainer, Trainer])
+def test_too_many_in_a_row_are_noticed_at_a_save_and_at_the_end(cls, tmp_path):
+    """Where nothing is logged before: no checkpoint is written."""
+    settings = {"max_skipped_steps": 4, "logging_steps": 500}
+    spoiler = Spoiler(at=range(2, 9))
+    trainer = make_trainer(tmp_path / "a", cls, save_strategy="steps", save_steps=5, callbacks=[spoiler], **settings)
+    with pytest.raises(NotFiniteError, match=f"step 5: 4 steps in a row .*max_skipped_steps=4.*{SPOILT}$"):
+        trainer.train()
+    trainer = make_trainer(tmp_path / "b", cls, max_steps=8, callbacks=[Spoiler(at=range(2, 9))], **settings)
+    with pytest.raises(NotFiniteError, match=f"step 8: 7 steps in a row .*{SPOILT}$"):
+        trainer.train()
+    assert not [*tmp_path.glob("*/checkpoint-*")]
+
+
+class At(TrainerCallback):
+    """Saves after a step, or stops there, as nobody could know before."""
+
+    def __init__(self, step, name):
+        self.step, self.name = step, name
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            setattr(control, self.name, True)
+
+
+@pytest.mark.parametrize("wish", ["should_save", "should_training_stop"])
+@pytest.mark.parametrize("cls", [MarsTrainer, Trainer])
+def test_a_save_or_an_end_that_nobody_foresaw(cls, wish, tmp_path):
+    spoiler = Spoiler(at=range(1, 13))
+    trainer = make_trainer(tmp_path, cls, max_steps=50, logging_steps=500, callbacks=[spoiler, At(12, wish)])
+    with pytest.raises(NotFiniteError, match=r"step 12: 12 steps in a row .*max_skipped_steps=10.*not finite$"):
+        trainer.train()
+    assert not [*tmp_path.glob("checkpoint-*")]
+
+
+@pytest.mark.parametrize("cls", [MarsTrainer, Trainer])
+def test_fewer_are_told_of_at_a_save_and_at_the_end(cls, tmp_path, caplog):
+    """Once each, where nothing is logged in between."""
+    settings = {"logging_steps": 500, "save_strategy": "steps", "save_steps": 3}
+    trainer = make_trainer(tmp_path, cls, max_steps=8, callbacks=[Spoiler(at=(2, 3, 8))], **settings)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    told = [record.getMessage() for record in caplog.records if "changed nothing" in record.getMessage()]
+    assert [message[: message.index(" changed")] for message in told] == ["step 3: 2 steps", "step 8: 3 steps"]
 
 
 def test_fewer_or_with_good_ones_between_do_not(tmp_path):
