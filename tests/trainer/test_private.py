@@ -58,8 +58,6 @@ USES = {
 }
 # Kernels for lists of tensors, of torch.optim's own: composed steps and norms.
 FOREACH = ("add_", "clamp_min", "copy_", "div", "div_", "lerp", "lerp_", "mul", "mul_", "norm", "sign", "sqrt")
-# MarsTrainer has methods of these names.
-OVERRIDDEN = {"_init_training_state", "_run_epoch"}
 # Not private in spite of the underscore, or ours; and DeepSpeed's, without which optim/sharding/zero.py says so.
 PUBLIC = {"_replace", "_hashable_values_", "_dp_group", "_z3_optimizer"}
 # Methods of a class of ours, too, which takes them for ours below.
