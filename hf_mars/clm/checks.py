@@ -65,6 +65,12 @@ def _check_training(training_args: MarsTrainingArguments) -> None:
         value = getattr(training_args, name)
         if value is not None and not (math.isfinite(value) and is_allowed(value)):  # eval_steps may be None
             raise UsageError(f"--{name} {value}: must be {allowed}")
+    if mismatches := getattr(training_args.hf_deepspeed_config, "mismatches", None):
+        pairs = "; ".join(line.removeprefix("- ") for line in mismatches)
+        raise UsageError(
+            f"--deepspeed {training_args.deepspeed}: does not agree with the other arguments ({pairs}); make them "
+            'equal, or write "auto" there'
+        )
     if training_args.eval_on_start and not training_args.do_eval:
         raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")
 

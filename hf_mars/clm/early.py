@@ -24,6 +24,8 @@ from .files import file_format, is_token_bin
 ARGUMENT_FILES = (".json", ".yaml", ".yml")
 # Of MarsTrainingArguments, and argparse's own.
 _OURS = {"mars_diagnostics", "max_skipped_steps", "checkpoint_checksums", "fuse_clip", "help"}
+# What DeepSpeed asks for in the environment.
+_OF_A_LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 # Arguments that take the name of a model or data set on the Hub, or a local folder.
 _HUB_OR_FOLDER = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name")
 
@@ -44,6 +46,12 @@ def check_words(argv: list[str]) -> None:
         raise UsageError(f"--optim {optim}: {nearest_optimizer(optim)}")
     if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(f"--deepspeed {given['deepspeed']}: needs the package deepspeed: pip install deepspeed")
+    is_launched = _OF_A_LAUNCHER <= os.environ.keys() or importlib.util.find_spec("mpi4py") is not None
+    if given.get("deepspeed") and not is_launched:  # DeepSpeed would then ask MPI
+        raise UsageError(
+            f"--deepspeed {given['deepspeed']}: needs a launcher, for one process too: torchrun --nproc_per_node 1, "
+            "accelerate launch or deepspeed"
+        )
     if os.environ.get("WORLD_SIZE", "1") == "1":  # nodes may see different disks: `run.find_start` asks all of them
         _check_files(given)
 

@@ -192,7 +192,9 @@ def load_model(config: PreTrainedConfig, model_args: ModelArguments) -> PreTrain
         # by all labels although the first of each block is no target: losses too small by 1/block_size.
         model.loss_type = "ForCausalLM"
     kind = "fine-tuning" if model_args.is_pretrained else "new model"
-    logger.info(f"{kind}: {type(model).__name__} with {model.num_parameters():,} parameters in {model.dtype}")
+    # Of ZeRO-3's shards, whose own sizes are 0, the wholes.
+    parameters = sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters())
+    logger.info(f"{kind}: {type(model).__name__} with {parameters:,} parameters in {model.dtype}")
     if model_args.base_model is not None:
         adapted = load_adapters(model, model_args)
     elif model_args.lora_r is not None:

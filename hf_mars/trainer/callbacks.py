@@ -11,12 +11,16 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from ..optim.diagnostics import step_diagnostics
 from ..optim.mars import Mars
+from .names import mars_name
 
 if TYPE_CHECKING:  # this module is imported at the end of transformers.trainer's own import (registry.py)
     from transformers import Trainer
+
+logger = logging.get_logger(__name__)
 
 
 def mars_optimizer(optimizer: Optimizer | None) -> Mars | None:
@@ -36,7 +40,7 @@ class MarsDiagnosticsCallback(TrainerCallback):
     `MarsDiagnosticsCallback().attach(trainer)` puts it there in any other Trainer. In `Trainer(callbacks=[…])` it
     comes after them, and only `log_history` and `trainer_state.json` get the values.
 
-    With an optimizer that is not MARS's it does nothing.
+    With an optimizer that is not MARS's, and under DeepSpeed, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -49,7 +53,11 @@ class MarsDiagnosticsCallback(TrainerCallback):
         if not any(isinstance(callback, MarsDiagnosticsCallback) for callback in callbacks):
             callbacks.insert(0, self)
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.deepspeed_plugin is not None and mars_name(args) and state.is_world_process_zero:
+            logger.info("mars/… are not logged under DeepSpeed, which takes the steps group by group")
         self._remove_hook()  # of a run that broke off in its step
         self._diagnostics = {}
 

@@ -66,8 +66,13 @@ def facts(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.state.global_step,
         "world_size": trainer.args.world_size,
         "engine": trainer.accelerator.distributed_type.value,
+        "zero_stage": _zero_stage(trainer.args),
         "optimizer": optim_name(trainer.args),
     }
+
+
+def _zero_stage(args: TrainingArguments) -> int | None:
+    return None if args.deepspeed_plugin is None else int(args.deepspeed_plugin.zero_stage)
 
 
 def rotate(run_dir: Path, save_total_limit: int | None, best_model_checkpoint: str | None) -> None:
@@ -154,7 +159,7 @@ def checkpoint_to_load(args: TrainingArguments, asked: str | bool | None) -> str
 
 
 def check_run(folder: Path, args: TrainingArguments) -> None:
-    """Raise a ResumeError where a checkpoint's manifest tells of another optimizer, or otherwise of DeepSpeed.
+    """Raise a ResumeError where a checkpoint's manifest tells of another optimizer, or otherwise of DeepSpeed or ZeRO.
 
     Other engines say so themselves.
     """
@@ -168,6 +173,13 @@ def check_run(folder: Path, args: TrainingArguments) -> None:
         raise ResumeError(
             f"{folder}: the checkpoint was saved {with_or_without} DeepSpeed, which keeps the optimizer's state in "
             f"files of its own: go on {with_or_without} it, or start a new run from its weights"
+        )
+    saved_stage, stage = manifest.get("zero_stage"), _zero_stage(args)
+    are_alike = saved_stage == stage or {saved_stage, stage} == {1, 2}  # of which each has the other's files
+    if not (saved_stage is None or stage is None or are_alike):
+        raise ResumeError(
+            f"{folder}: the checkpoint was saved under ZeRO stage {saved_stage}, but this run has stage {stage}, "
+            f"whose files are others: go on under stage {saved_stage}, or start a new run from its weights"
         )
 
 

@@ -85,7 +85,7 @@ def finish(folder: Path, facts: dict[str, Any], *, checksums: str = "small") -> 
 
     Args:
         folder: of the checkpoint.
-        facts: about the run, which the manifest keeps: step, world_size, engine, optimizer.
+        facts: about the run, which the manifest keeps: step, world_size, engine, zero_stage, optimizer.
         checksums: "small" for those of files below 64 MiB, "full" for all.
     """
     files: dict[str, dict[str, Any]] = {}

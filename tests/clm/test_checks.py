@@ -1,5 +1,6 @@
 """Arguments that cannot work are refused in one message that names the argument, its value and what is allowed."""
 
+import json
 import re
 from importlib.util import find_spec
 
@@ -230,3 +231,22 @@ def test_parameters_are_counted_under_zero_3():
     model_args, *_ = parse("--model_type", "llama", "--output_dir", "out")
     assert count_parameters(llama, model_args, None) == LlamaForCausalLM(llama).num_parameters()
     assert is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_deepspeed_needs_a_launcher_and_a_configuration_that_agrees(tmp_path, monkeypatch):
+    """Else it looks for MPI, or the Trainer breaks off when the model is made."""
+    path = tmp_path / "zero.json"
+    config = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}
+    path.write_text(json.dumps(config))
+    words = ["--output_dir", tmp_path / "out", "--deepspeed", path, "--use_cpu"]
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name in launcher:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=r"zero\.json: needs a launcher, for one process too: torchrun"):
+        parse(*words)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"\(ds gradient_clipping=0.5 vs hf max_grad_norm=1.0\); make them equal"):
+        check_arguments(*parse(*words))
+    check_arguments(*parse(*words, "--max_grad_norm", 0.5))

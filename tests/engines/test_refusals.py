@@ -1,5 +1,6 @@
 """What the engines refuse, in the words that docs/distributed.md quotes."""
 
+import json
 import logging
 import re
 
@@ -10,6 +11,8 @@ from launch_helpers import ROOT
 from transformers import Trainer, TrainingArguments
 
 from hf_mars import MarsTrainer, MarsTrainingArguments
+from hf_mars.trainer.checkpoint_saving import check_run
+from hf_mars.trainer.checkpoints import MANIFEST, MANIFEST_FORMAT, ResumeError
 from hf_mars.trainer.names import VARIANTS
 
 ARGUMENTS = pytest.mark.parametrize("cls", [TrainingArguments, MarsTrainingArguments])
@@ -206,3 +209,22 @@ def test_the_documented_errors_are_the_printed_ones(asked_for, make_arguments, m
     with pytest.raises(ValueError) as error:
         make_arguments(**REFUSED[asked_for])
     assert str(error.value) == documented
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("saved, stage, words", [(2, 3, "ZeRO stage 2, but this run has stage 3"), (1, 2, None)])
+def test_a_checkpoint_of_another_stage_is_refused(saved, stage, words, make_arguments, tmp_path):
+    """DeepSpeed has an AssertionError without words for it. Stages 1 and 2 have the same files."""
+    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage}}
+    args = make_arguments(deepspeed=config, optim="mars_m")
+    manifest = {"optimizer": "mars_m", "engine": "DEEPSPEED", "zero_stage": saved}
+    manifest |= {"format": MANIFEST_FORMAT, "files": {}}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    if words is None:
+        check_run(tmp_path, args)
+    else:
+        with pytest.raises(ResumeError, match=words):
+            check_run(tmp_path, args)
+    del manifest["zero_stage"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    check_run(tmp_path, args)  # a manifest of before
