@@ -65,7 +65,7 @@ def _check_training(training_args: MarsTrainingArguments) -> None:
         value = getattr(training_args, name)
         if value is not None and not (math.isfinite(value) and is_allowed(value)):  # eval_steps may be None
             raise UsageError(f"--{name} {value}: must be {allowed}")
-    if mismatches := getattr(training_args.hf_deepspeed_config, "mismatches", None):
+    if mismatches := getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", None):
         pairs = "; ".join(line.removeprefix("- ") for line in mismatches)
         raise UsageError(
             f"--deepspeed {training_args.deepspeed}: does not agree with the other arguments ({pairs}); make them "
