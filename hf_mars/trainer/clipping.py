@@ -22,8 +22,8 @@ class Clipping:
     """How one trainer clips.
 
     Processes must choose alike, or one would wait in torch's clip and the others in ours, and under DDP their factors
-    would be rounded differently. The arguments, the callbacks and the compiled step may differ between processes: these
-    ask each other once for each training. The parameters that require gradients are the same in all of them.
+    would be rounded differently. Arguments, callbacks and the compiled step may differ between processes: they ask
+    each other once for each training. The parameters that require gradients are the same in all of them.
 
     Attributes:
         reasons: why torch has clipped, each once, as the log says.
