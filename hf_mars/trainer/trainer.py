@@ -15,10 +15,10 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..optim.mars import Mars
-from . import clipping
 from .arguments import MarsTrainingArguments
 from .callbacks import MarsDiagnosticsCallback, mars_optimizer
 from .checkpoint_saving import checkpoint_to_load, whole_checkpoint
+from .clipping import Clipping
 from .names import mars_name
 from .options import hyperparameters, optimizer_cls_and_kwargs
 from .signals import StopOnSignal
@@ -70,7 +70,7 @@ class MarsTrainer(Trainer):
 
     Attributes:
         is_finished: after training has begun, whether there was no step left to take.
-        reasons_to_clip_first: why gradients were clipped before the step, in passes of their own, as the log says.
+        clipping: how gradients are clipped, and why before the step in passes of its own, where that is so.
     """
 
     is_finished = False
@@ -82,7 +82,7 @@ class MarsTrainer(Trainer):
             args = MarsTrainingArguments(output_dir="tmp_trainer")
         self._due: _Update | None = None
         self.previous_norm: torch.Tensor | float | None = None  # of the gradients at x_{t−1}
-        self.reasons_to_clip_first: list[str] = []
+        self.clipping = Clipping()
         self._pushes: list[str] | None = None  # checkpoints to push once they are whole; None: at once
         super().__init__(model, args, *rest, **kwargs)
         self._check_own_optimizer()
@@ -149,6 +149,7 @@ class MarsTrainer(Trainer):
             TrainingStopped: a SystemExit, after a signal (`hf_mars.trainer.signals`).
         """
         checkpoint = checkpoint_to_load(self.args, resume_from_checkpoint)
+        self.clipping.begin()
         with self._stop_on_signal.listening():
             return super().train(checkpoint, *args, **kwargs)
 
@@ -190,12 +191,12 @@ class MarsTrainer(Trainer):
     # ---- the clip ----
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = clipping.clip(self, model, self.args.max_grad_norm, self.reasons_to_clip_first)
+        norm = self.clipping.clip(self, model, self.args.max_grad_norm)
         return super()._clip_grad_norm(model) if norm is None else norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # max_grad_norm=0: it is logged, and a step that it is not finite for is skipped
-            grad_norm = clipping.clip(self, model, math.inf, self.reasons_to_clip_first)
+            grad_norm = self.clipping.clip(self, model, math.inf)
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     # ---- exact mode ----

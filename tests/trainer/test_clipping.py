@@ -43,7 +43,7 @@ def assert_close_runs(left, right):
 @pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
 def test_gradients_are_not_written_to(max_grad_norm, optim, tmp_path):
     trainer = train(tmp_path, Gradients, optim=optim, max_grad_norm=max_grad_norm)
-    assert trainer.written == [False] * 6 and not trainer.reasons_to_clip_first
+    assert trainer.written == [False] * 6 and not trainer.clipping.reasons
     assert_close_runs(trainer, train(tmp_path, optim=optim, max_grad_norm=max_grad_norm, fuse_clip=False))
 
 
@@ -74,7 +74,7 @@ class Looks(TrainerCallback):
 
 
 def unfreeze_behind_the_optimizer(trainer):
-    """Parameters with gradients that no optimizer has."""
+    """A parameter that requires gradients and that no optimizer has."""
     trainer.create_optimizer()
     group = optimizer_of(trainer).param_groups[0]
     group["params"] = group["params"][1:]
@@ -96,7 +96,7 @@ def test_the_log_says_once_why_torch_clips(reason, tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(clipping.logger, "info", lines.append)
     trainer = train(tmp_path, max_steps=3, **REASONS[reason])
-    assert trainer.reasons_to_clip_first == [reason]
+    assert trainer.clipping.reasons == [reason]
     assert lines == [f"gradients are clipped by torch.nn.utils.clip_grad_norm_, in passes of its own: {reason}"]
 
 
@@ -104,12 +104,12 @@ def test_parameters_that_the_optimizer_has_not(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2)
     unfreeze_behind_the_optimizer(trainer)
     trainer.train()
-    assert trainer.reasons_to_clip_first == ["the parameters with gradients are not those of the optimizer"]
+    assert trainer.clipping.reasons == ["the parameters that require gradients are not those of the optimizer"]
 
 
 def test_the_compiled_step_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mars.optim.kernels.cpu._cpu", None)
-    assert train(tmp_path, max_steps=2).reasons_to_clip_first == ["the compiled step is missing"]
+    assert train(tmp_path, max_steps=2).clipping.reasons == ["the compiled step is missing"]
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
@@ -121,5 +121,5 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
             return loss
 
     trainer = train(tmp_path, Spoilt, model=tiny_gpt2(**NO_DROPOUT))
-    assert optimizer_of(trainer).skipped_steps == 1 and not trainer.reasons_to_clip_first
+    assert optimizer_of(trainer).skipped_steps == 1 and not trainer.clipping.reasons
     assert all(w.isfinite().all() for w in weights(trainer))

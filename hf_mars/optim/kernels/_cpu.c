@@ -7,9 +7,9 @@
  * bound ‖c_t‖ below max_norm, see is_short(). Elsewhere c_t itself is measured: 10 words where ‖g_prev‖ lets expect it,
  * 11 where ‖g_t‖ comes as a surprise.
  *
- * Where the gradients are to be multiplied by the factor of a global clip first, that is done block by block in a buffer
- * that stays in the processor's caches, see factored(): no word more, but that g_t is kept by value. Whoever has measured
- * ‖g_t‖ for that clip gives it to norms(), and g_t is not read for it again.
+ * Where the gradients are to be multiplied by the factor of a global clip first, that is done in registers: no word more,
+ * but that g_t is kept by value. Whoever has measured ‖g_t‖ for that clip gives it to norms(), and g_t is not read for
+ * it again.
  *
  * Of a parameter that is spread over processes each has a part: add_squares() measures c_t's, 2 words, the caller adds
  * up over the processes and gives the factors. g_t is kept by value then, 1 word more: 9 without the clip, 11 with it.
@@ -49,47 +49,73 @@ typedef struct {
 } Settings;
 
 typedef struct {
-    float *restrict x, *restrict m, *restrict v;
-    const float *restrict g, *restrict g_prev;   /* g_prev may be g itself: then c = g */
+    float *restrict x, *restrict m, *restrict v, *restrict g_prev;   /* g_prev: NULL for c = g */
+    const float *restrict g;
+    float factor, clip_factor;                   /* g_t = factor · g; c̃ = clip_factor · c */
+    int keeps;                                   /* whether g_t is left in g_prev */
     float step_size, inverse_root_bias2;         /* η/(1−β1^t), 1/√(1−β2^t) */
 } Pointers;
 
+/* Inlined with flags that are constants, a loop has no branch left for them. */
+#define INLINE static inline __attribute__((always_inline))
+
+static const volatile int32_t hidden_zero = 0;   /* as no compiler knows */
+
+/* A product rounded to float32. Compilers fuse products with the sums that they go into, on some processors and, where
+ * two are added, the one or the other; so that g_t = factor · g would not be that of gradients multiplied before. They
+ * do not where an integer operation comes in between. */
+INLINE float rounded(float product, int32_t zero)
+{
+    int32_t bits;
+    memcpy(&bits, &product, sizeof bits);
+    bits ^= zero;
+    memcpy(&product, &bits, sizeof product);
+    return product;
+}
+
 /* c_t = g_t + κ (g_t − g_prev) */
-#define C(i) (g[i] + kappa * (g[i] - g_prev[i]))
+INLINE float correct(float g, float g_prev, float kappa)
+{
+    return g + kappa * (g - g_prev);
+}
 
 typedef struct {
     double c, g;                /* Σ c², Σ g²; of one thread's part of a tensor */
 } Squares;
 
 /* Of at most RUN elements, where float32 overflowed: squares of 1e19 and more. */
-static Squares wide_squares(const float *g, const float *g_prev, int64_t n, float kappa)
+static Squares wide_squares(const float *g, const float *g_prev, int64_t n, float factor, float kappa)
 {
+    const int32_t zero = hidden_zero;
     Squares sum = {0, 0};
     for (int64_t i = 0; i < n; i++) {
-        double c = C(i);
+        float g_i = rounded(factor * g[i], zero);
+        double c = correct(g_i, g_prev[i], kappa);
         sum.c += c * c;
-        sum.g += (double)g[i] * g[i];
+        sum.g += (double)g_i * g_i;
     }
     return sum;
 }
 
 FOR_EACH_PROCESSOR
-static Squares corrected_squares(const float *restrict g, const float *restrict g_prev, int64_t n, float kappa)
+static Squares corrected_squares(
+    const float *restrict g, const float *restrict g_prev, int64_t n, float factor, float kappa)
 {
+    const int32_t zero = hidden_zero;
     Squares sum = {0, 0};
     for (int64_t start = 0; start < n; start += RUN) {
         int64_t stop = start + RUN < n ? start + RUN : n, i = start;
         float of_c[LANES] = {0}, of_g[LANES] = {0};
         for (; i + LANES <= stop; i += LANES)
             for (int j = 0; j < LANES; j++) {
-                float c = C(i + j);
+                float g_i = rounded(factor * g[i + j], zero), c = correct(g_i, g_prev[i + j], kappa);
                 of_c[j] += c * c;
-                of_g[j] += g[i + j] * g[i + j];
+                of_g[j] += g_i * g_i;
             }
         for (int j = 0; i < stop; i++, j++) {
-            float c = C(i);
+            float g_i = rounded(factor * g[i], zero), c = correct(g_i, g_prev[i], kappa);
             of_c[j] += c * c;
-            of_g[j] += g[i] * g[i];
+            of_g[j] += g_i * g_i;
         }
         Squares run = {0, 0};
         for (int j = 0; j < LANES; j++) {
@@ -97,7 +123,7 @@ static Squares corrected_squares(const float *restrict g, const float *restrict 
             run.g += of_g[j];
         }
         if (!isfinite(run.c + run.g))
-            run = wide_squares(g + start, g_prev + start, stop - start, kappa);
+            run = wide_squares(g + start, g_prev + start, stop - start, factor, kappa);
         sum.c += run.c;
         sum.g += run.g;
     }
@@ -105,24 +131,31 @@ static Squares corrected_squares(const float *restrict g, const float *restrict 
 }
 
 FOR_EACH_PROCESSOR
-static double squares(const float *restrict g, int64_t n)
+static double squares(const float *restrict g, int64_t n, float factor)
 {
+    const int32_t zero = hidden_zero;
     double sum = 0;
     for (int64_t start = 0; start < n; start += RUN) {
         int64_t stop = start + RUN < n ? start + RUN : n, i = start;
         float lanes[LANES] = {0};
         for (; i + LANES <= stop; i += LANES)
-            for (int j = 0; j < LANES; j++)
-                lanes[j] += g[i + j] * g[i + j];
-        for (int j = 0; i < stop; i++, j++)
-            lanes[j] += g[i] * g[i];
+            for (int j = 0; j < LANES; j++) {
+                float g_i = rounded(factor * g[i + j], zero);
+                lanes[j] += g_i * g_i;
+            }
+        for (int j = 0; i < stop; i++, j++) {
+            float g_i = rounded(factor * g[i], zero);
+            lanes[j] += g_i * g_i;
+        }
         double run = 0;
         for (int j = 0; j < LANES; j++)
             run += lanes[j];
-        sum += isfinite(run) ? run : wide_squares(g + start, g + start, stop - start, 0).g;
+        sum += isfinite(run) ? run : wide_squares(g + start, g + start, stop - start, factor, 0).g;
     }
     return sum;
 }
+
+enum { INFINITE = 0x7f800000 };
 
 /* |c| as an integer that grows with it; infinity and NaN exceed every finite one. Integers, since a compiler may not
  * reorder comparisons of floats, and would take them one by one. */
@@ -133,6 +166,11 @@ static inline int32_t magnitude(float c)
     return bits & 0x7fffffff;
 }
 
+static inline float finite_or_zero(float g)
+{
+    return magnitude(g) < INFINITE ? g : 0;
+}
+
 /* From the nearer end, as torch.lerp does it. */
 static inline float lerp(float start, float end, float weight)
 {
@@ -141,17 +179,19 @@ static inline float lerp(float start, float end, float weight)
 
 /* m = β1 m + (1−β1) c̃;  v = β2 v + (1−β2) c̃²;  x = (1−ηλ) x − η/(1−β1^t) m / (√v/√(1−β2^t) + ε)
  * Returns the largest magnitude of c̃. */
-FOR_EACH_PROCESSOR
-static int32_t adamw(Pointers at, int64_t n, Settings s, float clip_factor)
+INLINE int32_t adamw_with(Pointers at, int64_t n, Settings s, int corrects, int keeps)
 {
-    float *restrict x = at.x, *restrict m = at.m, *restrict v = at.v;
-    const float *restrict g = at.g, *restrict g_prev = at.g_prev;
-    const float kappa = s.kappa;
+    float *restrict x = at.x, *restrict m = at.m, *restrict v = at.v, *restrict g_prev = at.g_prev;
+    const float *restrict g = at.g;
+    const int32_t zero = hidden_zero;
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
-        float c = clip_factor * C(i);
+        float g_i = rounded(at.factor * g[i], zero);
+        float c = at.clip_factor * correct(g_i, corrects ? g_prev[i] : g_i, s.kappa);
+        if (keeps)
+            g_prev[i] = finite_or_zero(g_i);
         float m_i = lerp(m[i], c, s.weight1);
-        float v_i = s.beta2 * v[i] + s.weight2 * c * c;
+        float v_i = s.beta2 * v[i] + rounded(s.weight2 * c * c, zero);
         m[i] = m_i;
         v[i] = v_i;
         x[i] = s.decay * x[i] - at.step_size * m_i / (sqrtf(v_i) * at.inverse_root_bias2 + s.eps);
@@ -160,42 +200,47 @@ static int32_t adamw(Pointers at, int64_t n, Settings s, float clip_factor)
     return largest;
 }
 
+FOR_EACH_PROCESSOR
+static int32_t adamw(Pointers at, int64_t n, Settings s)
+{
+    return at.keeps ? adamw_with(at, n, s, 1, 1) : at.g_prev ? adamw_with(at, n, s, 1, 0) : adamw_with(at, n, s, 0, 0);
+}
+
 /* As torch.sign: 0 for NaN. */
 static inline float sign(float a)
 {
     return (float)((a > 0) - (a < 0));
 }
 
-enum { INFINITE = 0x7f800000 };
-
-/* m = β1 m + (1−β1) c̃;  x = (1−ηλ) x − η sign(m). With γ > 0 the kept average is e of the plain g = c, and
- * m = (1−γ) e + γ g. Where c is not finite the average stays as it is: sign(NaN) is 0, and a NaN would stop the
+/* m = β1 m + (1−β1) c̃;  x = (1−ηλ) x − η sign(m). With γ > 0, and no g_prev, the kept average is e of the plain
+ * g = c, and m = (1−γ) e + γ g. Where c is not finite the average stays as it is: sign(NaN) is 0, and a NaN would stop the
  * element for ever, without a sign of it. Returns the largest magnitude of c̃. */
-FOR_EACH_PROCESSOR
-static int32_t lion(Pointers at, int64_t n, Settings s, float clip_factor)
+INLINE int32_t lion_with(Pointers at, int64_t n, Settings s, int corrects, int keeps)
 {
-    float *restrict x = at.x, *restrict e = at.m;
-    const float *restrict g = at.g, *restrict g_prev = at.g_prev;
-    const float kappa = s.kappa;
+    float *restrict x = at.x, *restrict e = at.m, *restrict g_prev = at.g_prev;
+    const float *restrict g = at.g;
+    const int32_t zero = hidden_zero;
     int32_t largest = 0;
     for (int64_t i = 0; i < n; i++) {
-        float c = clip_factor * C(i);
+        float g_i = rounded(at.factor * g[i], zero);
+        float c = at.clip_factor * correct(g_i, corrects ? g_prev[i] : g_i, s.kappa);
+        if (keeps)
+            g_prev[i] = finite_or_zero(g_i);
         int32_t size = magnitude(c);
         c = size < INFINITE ? c : e[i];
         float e_i = lerp(e[i], c, s.weight1);
         e[i] = e_i;
-        x[i] = s.decay * x[i] - s.lr * sign(s.gamma ? lerp(e_i, c, s.gamma) : e_i);
+        float m_i = corrects || !s.gamma ? e_i : lerp(e_i, c, s.gamma);
+        x[i] = s.decay * x[i] - rounded(s.lr * sign(m_i), zero);
         largest = size > largest ? size : largest;
     }
     return largest;
 }
 
-/* g_t in g_prev's place; zero where it is not finite. */
 FOR_EACH_PROCESSOR
-static void keep(const float *restrict g, float *restrict g_prev, int64_t n)
+static int32_t lion(Pointers at, int64_t n, Settings s)
 {
-    for (int64_t i = 0; i < n; i++)
-        g_prev[i] = magnitude(g[i]) < INFINITE ? g[i] : 0;
+    return at.keeps ? lion_with(at, n, s, 1, 1) : at.g_prev ? lion_with(at, n, s, 1, 0) : lion_with(at, n, s, 0, 0);
 }
 
 typedef struct {
@@ -213,24 +258,6 @@ typedef struct {
     Squares *sums;                               /* of each tensor, thread by thread */
     int32_t *largest;                            /* of each tensor, thread by thread */
 } Step;
-
-FOR_EACH_PROCESSOR
-static void multiply(const float *restrict g, float *restrict product, int64_t n, float factor)
-{
-    for (int64_t i = 0; i < n; i++)
-        product[i] = g[i] * factor;
-}
-
-/* g_t of a block: the products are rounded to float32 by being stored. Inside of other expressions the compiler would
- * fuse them with sums, and a step would differ from one whose gradients were multiplied before. */
-static const float *factored(const Step *step, int64_t k, int64_t from, int64_t to, float *buffer)
-{
-    const float *g = step->g[k] + from;
-    if (step->factor == 1)
-        return g;
-    multiply(g, buffer, to - from, step->factor);
-    return buffer;
-}
 
 static double norm_of_g(const Step *step, int64_t k, int threads)
 {
@@ -276,11 +303,10 @@ static int is_corrected_late(const Step *step, int64_t k, int threads)
 /* Σ c², and Σ g² where g_prev is there. */
 static Squares squares_of_c(const Step *step, int64_t k, int64_t from, int64_t to)
 {
-    float buffer[BLOCK];
-    const float *g = factored(step, k, from, to, buffer);
+    const float *g = step->g[k] + from;
     if (step->g_prev)
-        return corrected_squares(g, step->g_prev[k] + from, to - from, step->settings.kappa);
-    return (Squares){squares(g, to - from), 0};
+        return corrected_squares(g, step->g_prev[k] + from, to - from, step->factor, step->settings.kappa);
+    return (Squares){squares(g, to - from, step->factor), 0};
 }
 
 static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
@@ -292,8 +318,7 @@ static void measure(const Step *step, int64_t k, int64_t from, int64_t to, int t
         sum->c += more.c;
         sum->g += more.g;
     } else if (!step->known_norms) {
-        float buffer[BLOCK];
-        sum->g += squares(factored(step, k, from, to, buffer), to - from);
+        sum->g += squares(step->g[k] + from, to - from, step->factor);
     }
 }
 
@@ -314,32 +339,21 @@ static double clip_factor(const Step *step, int64_t k, int threads)
     return !isfinite(length) ? NAN : length <= step->settings.max_norm ? 1 : step->settings.max_norm / length;
 }
 
-static void update_run(const Step *step, int64_t k, int64_t from, int64_t to, Pointers at, int32_t *largest)
-{
-    float buffer[RUN], factor = step->clip_factors ? (float)step->clip_factors[k] : 1;
-    at.x = step->x[k] + from;
-    at.m = step->m[k] + from;
-    at.v = step->v ? step->v[k] + from : NULL;
-    at.g = factored(step, k, from, to, buffer);
-    at.g_prev = step->g_prev ? step->g_prev[k] + from : at.g;
-    int32_t own = (step->v ? adamw : lion)(at, to - from, step->settings, factor);
-    *largest = own > *largest ? own : *largest;
-    if (step->keeps)
-        keep(at.g, step->g_prev[k] + from, to - from);
-}
-
 static void update(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
 {
     (void)threads;
-    Pointers at = {0};
+    Pointers at = {.x = step->x[k] + from, .m = step->m[k] + from, .v = step->v ? step->v[k] + from : NULL,
+                   .g_prev = step->g_prev ? step->g_prev[k] + from : NULL, .g = step->g[k] + from,
+                   .factor = step->factor, .clip_factor = step->clip_factors ? (float)step->clip_factors[k] : 1,
+                   .keeps = step->keeps};
     if (step->v) {
         double t = *step->steps[k];
         at.step_size = (float)(step->lr / (1 - pow(step->beta1, t)));
         at.inverse_root_bias2 = (float)(1 / sqrt(1 - pow(step->beta2, t)));
     }
-    int64_t run = step->factor == 1 ? BLOCK : RUN;   /* of g_t in the first cache */
-    for (; from < to; from += run)
-        update_run(step, k, from, from + run < to ? from + run : to, at, &step->largest[thread * step->count + k]);
+    int32_t *largest = &step->largest[thread * step->count + k];
+    int32_t own = (step->v ? adamw : lion)(at, to - from, step->settings);
+    *largest = own > *largest ? own : *largest;
 }
 
 static void measure_c(const Step *step, int64_t k, int64_t from, int64_t to, int thread, int threads)
