@@ -138,6 +138,7 @@ def check_same_run(output_dir, expected_dir, printed):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_launch_of_two_processes_equals_one_process(one_process, tmp_path):
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch = accelerate_launch(*flags.split(), "--main_process_port", "0", processes=2, output_dir="out")

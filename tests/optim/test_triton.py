@@ -33,7 +33,11 @@ HERE = Path(__file__).parent
         pytest.param("test_reference.py", "equals_the_reference and float64", marks=pytest.mark.exhaustive),
         ("test_laws.py", "one_buffer and 0.025 or constant_gradient"),
         pytest.param("test_laws.py", "one_buffer", marks=pytest.mark.exhaustive),
-        ("test_global_clip.py", "multiplied_first and kernels and (adamw or lion) and not float64"),
+        (
+            "test_global_clip.py",
+            "multiplied_first and kernels and not float64 and (mars_adamw and bound or mars_lion and own)",
+        ),
+        pytest.param("test_global_clip.py", "multiplied_first and kernels", marks=pytest.mark.exhaustive),
     ],
 )
 def test_through_the_interpreter(file, chosen):

@@ -261,7 +261,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.exhaustive), "accelerate"])
 def test_an_official_example_on_two_processes(tmp_path, launcher):
     """tests/trainer/official_example.py, which knows nothing of hf_mars, with MARS, diagnostics and TensorBoard."""
     events = tmp_path / "events"
