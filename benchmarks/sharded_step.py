@@ -4,7 +4,7 @@
 
 The hidden matrices of some layers of GPT-2 small, float32, replicated (DDP) or sharded by rows (FSDP2); one thread per
 process. The ways take turns; medians. Gloo on CPUs; NCCL where there is a GPU for every process. "Sent" is what a rank
-gives to collective operations, "launches" are calls of torch's operators, "extra peak" is what a step allocates.
+gives to collective operations, "alone" their time without the work between them, "launches" are calls of torch's operators, "extra peak" is what a step allocates.
 """
 
 import argparse
@@ -76,27 +76,39 @@ class Launches(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@contextlib.contextmanager
-def sent_bytes():
-    """What this rank sends inside the context, summed up in the list that is given."""
-    counts = [0]
-    with contextlib.ExitStack() as stack:
-        for name, place in (("all_reduce", 0), ("all_to_all_single", 1), ("all_gather_into_tensor", 1)):
-            original = getattr(dist, name)
+class Sent:
+    """What this rank gives to collective operations inside `recorded`."""
 
-            def counted(*args, original=original, place=place, **keywords):
-                counts[0] += args[place].nbytes
-                return original(*args, **keywords)
+    def __init__(self):
+        self.bytes = 0
+        self._calls = []
 
-            stack.enter_context(mock.patch.object(dist, name, counted))
-        broadcast = dist.broadcast
+    @contextlib.contextmanager
+    def recorded(self):
+        with contextlib.ExitStack() as stack:
+            for name in ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "broadcast"):
+                stack.enter_context(mock.patch.object(dist, name, self._recording(name, getattr(dist, name))))
+            yield
 
-        def counted_broadcast(tensor, source, **keywords):
-            counts[0] += tensor.nbytes if source == dist.get_rank() else 0
-            return broadcast(tensor, source, **keywords)
+    def _recording(self, name, original):
+        def record(*args, **keywords):
+            given = args[0] if name in ("all_reduce", "broadcast") else args[1]
+            if name != "broadcast" or args[1] == dist.get_rank():
+                self.bytes += given.nbytes
+            self._calls.append((original, args, keywords))
+            return original(*args, **keywords)
 
-        stack.enter_context(mock.patch.object(dist, "broadcast", counted_broadcast))
-        yield counts
+        return record
+
+    def seconds(self):
+        """Of the same operations with nothing between them: what their overlap with work could save at most."""
+        dist.barrier()
+        start = time.perf_counter()
+        for work in [function(*args, **keywords) for function, args, keywords in self._calls]:
+            if work is not None:
+                work.wait()
+        dist.barrier()
+        return time.perf_counter() - start
 
 
 @contextlib.contextmanager
@@ -122,17 +134,19 @@ def new_gradients(optimizer):
 
 
 def counts_of(optimizer, device):
-    """Bytes sent, launches and the extra peak of one step, each in a step of its own."""
+    """Bytes sent and the seconds that takes, launches and the extra peak of one step, each in a step of its own."""
     new_gradients(optimizer)
-    with sent_bytes() as sent:
+    sent = Sent()
+    with sent.recorded():
         optimizer.step()
+    seconds = min(sent.seconds() for _ in range(3))
     new_gradients(optimizer)
     with Launches() as launches:
         optimizer.step()
     new_gradients(optimizer)
     with Memory(device) as memory:
         optimizer.step()
-    return sent[0], launches.count, max(0, memory.peak)
+    return sent.bytes, seconds, launches.count, max(0, memory.peak)
 
 
 def main():
@@ -167,14 +181,15 @@ def main():
     rows = []
     for name, way in WAYS.items():
         with replaced(way.replaced):
-            sent, launches, peak = counts_of(optimizers[name], device)
+            sent, exchange, launches, peak = counts_of(optimizers[name], device)
         elements = sum(torch.Size(shape).numel() for shape in shapes)
         milliseconds = 1e3 * statistics.median(seconds[name])
-        rows.append(f"| {name} | {milliseconds:.0f} | {sent / 1e6:.1f} | {launches} | {peak / elements:.1f} |")
+        sent = f"{sent / 1e6:.1f}, {1e3 * exchange:.0f}"
+        rows.append(f"| {name} | {milliseconds:.0f} | {sent} | {launches} | {peak / elements:.1f} |")
     if dist.get_rank() == 0:
         where = torch.cuda.get_device_name() if on_gpu else "CPU, one thread per process"
         print(f"torch {torch.__version__}, {dist.get_world_size()} processes, {where}, {len(shapes)} matrices\n")
-        print("| way | ms per step | MB sent by a rank | launches | extra peak, bytes per parameter |")
+        print("| way | ms per step | MB sent by a rank, ms alone | launches | extra peak, bytes per parameter |")
         print("| --- | --- | --- | --- | --- |")
         print("\n".join(rows))
     dist.barrier()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from engine_helpers import NEEDS_DEEPSPEED
 from launch_helpers import ROOT, launch
 from transformers import GPT2Config
 
@@ -89,8 +90,19 @@ def test_sharded_step_runs():
     assert rows_of(output) == 10, output
 
 
+@NEEDS_DEEPSPEED
+def test_offload_step_runs():
+    output = launch(1, BENCHMARKS / "offload_step.py", "--layers", 1, "--width", 12, "--turns", 1)
+    assert rows_of(output) == 5, output
+
+
 def test_every_benchmark_is_run():
-    elsewhere = {"sharded_step", "communication", "communication_formulas"}  # here, and in test_scaling.py
+    elsewhere = {
+        "sharded_step",
+        "offload_step",
+        "communication",
+        "communication_formulas",
+    }  # here, and in test_scaling.py
     elsewhere |= {"pretrain_gpu", "pretrain_gpu_runs", "evidence"}  # in files of their own
     elsewhere |= {path.stem for path in BENCHMARKS.glob("gpu_check*.py")}  # in test_gpu_check.py
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == RUNS.keys() | elsewhere
