@@ -4,7 +4,8 @@
 
 The hidden matrices of some layers of GPT-2 small, float32, replicated (DDP) or sharded by rows (FSDP2); one thread per
 process. The ways take turns; medians. Gloo on CPUs; NCCL where there is a GPU for every process. "Sent" is what a rank
-gives to collective operations, "alone" their time without the work between them, "launches" are calls of torch's operators, "extra peak" is what a step allocates.
+gives to collective operations, "alone" the time of these without the work between them, "launches" are calls of
+torch's operators, "extra peak" is what a step allocates.
 """
 
 import argparse
