@@ -1,5 +1,8 @@
 """bfloat16 in the Trainer: under each engine, MARS's losses leave those of one process no further than AdamW's do."""
 
+import math
+import statistics
+
 import pytest
 from engine_helpers import DEEPSPEED, NEEDS_DEEPSPEED, ZERO, of_engine
 from helpers import NAMES
@@ -8,8 +11,9 @@ from trainer_helpers import losses, train
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(1200)]
 
 STEPS = 24
-SEEDS = range(3)
-LRS = {"adamw_torch_fused": 5e-3, "mars_adamw": 5e-3, "mars_lion": 5e-4, "mars_shampoo": 2e-2, "mars_m": 5e-3}
+SEEDS = range(8)
+# With which the losses fall about as far as AdamW's, but for Lion's: a sign says nothing of how near zero it was.
+LRS = {"adamw_torch_fused": 5e-3, "mars_adamw": 5e-3, "mars_lion": 5e-4, "mars_shampoo": 1e-2, "mars_m": 5e-3}
 ENGINES = {
     "ddp": ("ddp", {}),
     "fsdp2": ("fsdp2", {}),
@@ -47,10 +51,13 @@ def several_processes(request, launches):
 
 @NEEDS_DEEPSPEED
 def test_bfloat16_deviates_no_more_than_adamw(several_processes, one_process):
-    deviations = dict.fromkeys(LRS, 0.0)
+    """By pairs of the same seed; roundings are a matter of luck, and so are differences within two standard errors."""
+    deviations = {optim: [] for optim in LRS}
     for run in RUNS:
         actual, expected = several_processes[f"{run}"]["losses"], one_process[run]
         assert len(actual) == len(expected) == STEPS
-        deviations[run[0]] += sum(abs(a / e - 1) for a, e in zip(actual, expected, strict=True)) / STEPS / len(SEEDS)
+        deviations[run[0]].append(statistics.fmean(abs(a / e - 1) for a, e in zip(actual, expected, strict=True)))
     for optim in NAMES:
-        assert deviations[optim] <= deviations["adamw_torch_fused"], deviations
+        more = [own - adamw for own, adamw in zip(deviations[optim], deviations["adamw_torch_fused"], strict=True)]
+        error = statistics.stdev(more) / math.sqrt(len(SEEDS))
+        assert statistics.fmean(more) <= 2 * error, (optim, deviations)
