@@ -51,7 +51,8 @@ def several_processes(request, launches):
 
 @NEEDS_DEEPSPEED
 def test_bfloat16_deviates_no_more_than_adamw(several_processes, one_process):
-    """By pairs of the same seed; roundings are a matter of luck, and so are differences within two standard errors."""
+    """By pairs of the same seed. Roundings are a matter of luck, and so is, among twenty comparisons of eight pairs,
+    a difference within three standard errors."""
     deviations = {optim: [] for optim in LRS}
     for run in RUNS:
         actual, expected = several_processes[f"{run}"]["losses"], one_process[run]
@@ -60,4 +61,4 @@ def test_bfloat16_deviates_no_more_than_adamw(several_processes, one_process):
     for optim in NAMES:
         more = [own - adamw for own, adamw in zip(deviations[optim], deviations["adamw_torch_fused"], strict=True)]
         error = statistics.stdev(more) / math.sqrt(len(SEEDS))
-        assert statistics.fmean(more) <= 2 * error, (optim, deviations)
+        assert statistics.fmean(more) <= 3 * error, (optim, deviations)

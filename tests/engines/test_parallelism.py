@@ -18,7 +18,7 @@ SHARDS_WHEN_LOADING = {"tp_size", "fsdp_size", "ep_size"} <= {
 }
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(3600),  # for all names
     pytest.mark.skipif(not SHARDS_WHEN_LOADING, reason="this transformers does not shard models when it loads them"),
 ]
 
@@ -59,7 +59,7 @@ def together(request, folder):
                 runs.append({**run, "name": f"{run['name']} resumed", "resume": checkpoint})
                 runs[-1]["settings"] = {**run["settings"], "save_strategy": "no", "eval_strategy": "no"}
     (folder / "plan.json").write_text(json.dumps(runs))
-    launch(PROCESSES, "engines/parallel_worker.py", folder, timeout=540)
+    launch(PROCESSES, "engines/parallel_worker.py", folder, timeout=400 + 200 * len(wanted))
     return torch.load(folder / "results.pt")
 
 
