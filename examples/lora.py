@@ -17,6 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 import hf_mars  # registers the names  # noqa: F401
 
+if len(sys.argv) < 2:
+    sys.exit("usage: python lora.py MODEL [TEXTS.jsonl] [options of TRL's SFTConfig]")
 model, *rest = sys.argv[1:]
 if rest and not rest[0].startswith("--"):
     data = load_dataset("json", data_files=rest.pop(0), split="train")

@@ -5,6 +5,8 @@ import importlib.util
 import math
 from collections.abc import Callable
 
+import torch
+from transformers import SchedulerType, get_scheduler
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_mars import MarsTrainingArguments
@@ -28,6 +30,7 @@ TRAINING_RANGES = {
     "per_device_eval_batch_size": _COUNT,
     "max_steps": ("at least 1, or -1 for num_train_epochs", lambda v: v >= 1 or v == -1),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _NOT_NEGATIVE),
+    "dataloader_num_workers": _NOT_NEGATIVE,
     "seed": ("between 0 and 4294967295", lambda v: 0 <= v < 2**32),
 }
 
@@ -73,6 +76,22 @@ def _check_training(training_args: MarsTrainingArguments) -> None:
         )
     if training_args.eval_on_start and not training_args.do_eval:
         raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")
+    if training_args.resume_from_checkpoint == "":
+        raise UsageError(
+            "--resume_from_checkpoint '': is empty; allowed: true, auto, false or the path of a checkpoint"
+        )
+    _check_schedule(training_args)
+
+
+def _check_schedule(training_args: MarsTrainingArguments) -> None:
+    """Make the schedule once, of a parameter that nobody trains."""
+    name, given = SchedulerType(training_args.lr_scheduler_type), training_args.lr_scheduler_kwargs
+    assert not isinstance(given, str)  # transformers has read it
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training_args.learning_rate)
+    try:
+        get_scheduler(name, optimizer, 0, 10, scheduler_specific_kwargs=given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--lr_scheduler_type {name.value} --lr_scheduler_kwargs {given}: {error}") from error
 
 
 def _check_not_empty(arguments: ModelArguments | DataTrainingArguments) -> None:

@@ -159,7 +159,13 @@ def _as_norm(total_norm: Any, owned: list[tuple[Tensor, Group]]) -> Tensor:
     if isinstance(norm, Tensor):
         if norm.numel() != 1:
             raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(norm.shape)}")
-        return norm.detach().reshape(()).to(torch.promote_types(norm.dtype, torch.float32))
+        norm = norm.detach().reshape(()).to(torch.promote_types(norm.dtype, torch.float32))
+        if not reads_are_free([norm]):
+            return norm
+    if norm < 0:
+        raise ValueError(f"total_norm must be a norm, at least 0, got {float(norm)!r}")
+    if isinstance(norm, Tensor):
+        return norm
     return torch.tensor(float(norm), dtype=_dtype(owned), device=owned[0][0].device if owned else None)
 
 

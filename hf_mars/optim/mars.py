@@ -207,7 +207,7 @@ class Mars(Optimizer):
             that it differs from torch's, which loses up to some thousandths where tensors have millions of elements.
 
         Raises:
-            ValueError: max_norm is negative or NaN, or total_norm is not one number.
+            ValueError: max_norm is negative or NaN, or total_norm is not one number, or is negative.
             RuntimeError: a gradient is sparse; the norm is not finite and `error_if_nonfinite`; or called in a
                 function that torch.compile compiles.
         """

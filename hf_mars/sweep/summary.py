@@ -150,6 +150,8 @@ def verdict(summary: Summary, comparison: Comparison) -> str:
     base = comparison.baseline
     label = summary.label
     if summary.best is None:
+        if summary.complete + summary.diverged + summary.failed == 0:
+            return f"{label} has not run yet."
         text = f"{label} has no setting that came through with every seed"
         return f"{text} ({summary.diverged} runs diverged, {summary.failed} failed)."
     at = f"at {summary.best.describe()}"

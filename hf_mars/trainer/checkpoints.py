@@ -107,9 +107,10 @@ def leave_branch(folder: Path) -> None:
     manifest = read_manifest(folder)
     if manifest is not None and later:
         _write_manifest(folder, {**manifest, "resumed_at": time.time()})
-    if names := [path.name for path in later if fault(path, checksums=False) is None]:
+    if names := [path.name for path in later if fault(path) is None]:
+        stay = "stays where it is" if len(names) == 1 else "stay where they are"
         logger.warning(
-            f"going on from {folder}: {', '.join(names)} stay where they are, on a branch that is left"
+            f"going on from {folder}: {', '.join(names)} {stay}, on a branch that is left"
             + ("" if manifest else "; a later resume_from_checkpoint=True (or auto) takes the newest of them, though")
         )
 

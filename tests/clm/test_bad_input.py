@@ -86,6 +86,7 @@ NUMBERS = {
     "gradient_accumulation_steps": ("-1", "0", "nan"),
     "per_device_train_batch_size": ("0", "-2"),
     "max_steps": ("0", "-7"),
+    "dataloader_num_workers": ("-1",),
     "seed": ("-1",),
 }
 
@@ -101,6 +102,19 @@ def test_one_sentence(files, message):
 def test_numbers_out_of_range(tmp_path, name, value):
     with pytest.raises(UsageError, match=f"{name}.*{value}"):
         main(["--output_dir", str(tmp_path), *TINY, "--do_train", f"--{name}", value, *QUIET])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--lr_scheduler_kwargs", '{"a": 1}'), r"lr_scheduler_type linear --lr_scheduler_kwargs .*'a'"),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "lr_scheduler_type cosine_with_min_lr.*One of min_lr"),
+        (("--resume_from_checkpoint", ""), "resume_from_checkpoint '': is empty"),
+    ],
+)
+def test_what_the_trainer_would_stumble_over(tmp_path, words, message):
+    with pytest.raises(UsageError, match=message):
+        main(["--output_dir", str(tmp_path), *TINY, "--do_train", *words, *QUIET])
 
 
 @pytest.mark.slow

@@ -195,6 +195,14 @@ def accelerate(arguments):
     return args.training_script, args.training_script_args
 
 
+def deepspeed(arguments):
+    from deepspeed.launcher.runner import parse_args
+
+    args = parse_args(arguments)
+    # The file is read by the tests of engines; here it would mark this process as one of DeepSpeed's.
+    return args.user_script, without(args.user_args, "--deepspeed")
+
+
 def trl(arguments):
     return f"trl.scripts.{arguments[0]}", arguments[1:]
 
@@ -209,6 +217,7 @@ def factory(arguments):
 LAUNCHERS = {
     "torchrun": torchrun,
     "accelerate": accelerate,
+    "deepspeed": deepspeed,
     "trl": trl,
     "llamafactory-cli": factory,
     "swift": factory,

@@ -364,6 +364,9 @@ def test_types_are_checked(clipped):
         clipped[0].clip_grad_norm_(None)
     with pytest.raises(ValueError, match=r"total_norm must be one number, got a tensor of shape \(2,\)"):
         clipped[0].clip_grad_norm_(1.0, total_norm=torch.ones(2))
+    for total_norm in (-3.0, -math.inf, torch.tensor(-3.0)):
+        with pytest.raises(ValueError, match="total_norm must be a norm, at least 0, got -"):
+            clipped[0].clip_grad_norm_(1.0, total_norm=total_norm)
 
 
 def test_a_matrix_of_shampoo_is_not_written_to():

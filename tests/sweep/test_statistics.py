@@ -171,3 +171,4 @@ def test_without_a_run_that_came_through():
         comparison.summaries[1], comparison
     )
     assert comparison.summaries[2].best is None
+    assert verdict(comparison.summaries[2], comparison) == "c has not run yet."

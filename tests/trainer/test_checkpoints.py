@@ -19,6 +19,7 @@ from hf_mars.trainer.checkpoints import (
     check_whole,
     fault,
     finish,
+    leave_branch,
     newest_whole,
     read_manifest,
 )
@@ -149,6 +150,17 @@ def test_a_broken_one_that_is_named_is_refused(run_dir):
         shutil.rmtree(run_dir / f"checkpoint-{step}")
     with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*; not whole: checkpoint-6 .scheduler.pt"):
         train(run_dir, resume=True)
+
+
+def test_a_later_one_that_is_not_whole_is_no_branch(run_dir, caplog):
+    """Also where only a checksum tells."""
+    damaged = run_dir / "checkpoint-6" / "scheduler.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 255
+    damaged.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        leave_branch(run_dir / "checkpoint-2")
+    assert "checkpoint-4 stays where it is, on a branch that is left" in caplog.text
 
 
 def test_a_branch_that_was_left_is_not_gone_back_to(run_dir, caplog):
