@@ -41,10 +41,14 @@ def each(names):
     return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
 
 
+# What tests take that have no parameter for it.
+UNASKED = {"mars_adamw approx", "mars_m approx"}
+
+
 def asked(request, names, parameter="name"):
-    """Those of `names` that the tests of this session ask for in this module, or that stand for all in others."""
+    """Those of `names` that the tests of this session ask for in this module by a parameter, and those of UNASKED."""
     items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
-    found = {"mars_adamw approx", "mars_m approx", *(item.callspec.params.get(parameter) for item in items)}
+    found = UNASKED.union(item.callspec.params.get(parameter) for item in items)
     return [name for name in names if name in found]
 
 

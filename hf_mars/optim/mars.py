@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils import _foreach_utils
 
 from .batch import Seen, collect
 from .clip import Clip
@@ -22,12 +21,10 @@ from .groups import KINDS, ParameterRole, check_not_flattened, dimensions, role_
 from .host import check_captured
 from .hyperparameters import check_hyperparameters, dtype_name
 from .last_grad import LastNorms
+from .settings import SPLIT_KEYS, plain_adamw, plain_rate, settings_among, takes_fused_kernel
 from .sharding import Originals, Ranks, whole_value
 from .skipping import Norm, Skip, SkippedSteps, norms_to_skip_by
 from .state import FORMAT, FORMAT_KEY, Made, begin_with_zero, check_state_dict, load_dtypes, unmake_states
-
-# Settings that say how a group of the user's is split; what they decide stands in the resulting groups' own lr, betas…
-_SPLIT_KEYS = ("lr_1d", "betas_1d", "optimize_1d", "orthogonalize_embeddings")
 
 _GUESSED = (
     "MarsShampoo takes every parameter with two or more dimensions for a hidden matrix stored (out, in), since shapes "
@@ -352,10 +349,10 @@ class Mars(Optimizer):
             group = {**settings, **self._settings_of_kind(role.kind, settings)}
             group.update(params=by_role[role], kind=role.kind, layout=role.layout)
             if group["fused"] is None:
-                group["fused"] = _takes_fused_kernel(group)
+                group["fused"] = takes_fused_kernel(group)
             super().add_param_group(group)
             self._count(self.param_groups[-1])
-            for key in _SPLIT_KEYS:  # which super() has just copied from the defaults
+            for key in SPLIT_KEYS:  # which super() has just copied from the defaults
                 self.param_groups[-1].pop(key, None)
             self._originals.add(self.param_groups[-1])
 
@@ -407,29 +404,3 @@ class Mars(Optimizer):
         check_state_dict(state_dict, self.param_groups, type(self).__name__)
         super().load_state_dict(state_dict)
         load_dtypes(state_dict, self.param_groups, self.state)
-
-
-def settings_among(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments that are settings of param_groups."""
-    others = ("self", "params", "roles", "process_group", "__class__")
-    return {name: value for name, value in arguments.items() if name not in others}
-
-
-def plain_rate(settings: dict[str, Any]) -> float | Tensor:
-    """The learning rate of what gets no matrix update: `lr_1d`; by default lr where that is AdamW's own, else lr/2."""
-    if settings["lr_1d"] is not None:
-        return settings["lr_1d"]
-    return settings["lr"] if settings.get("adjust_lr_fn") == "match_rms_adamw" else settings["lr"] / 2
-
-
-def plain_adamw(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with which a group gets AdamW, uncorrected and unclipped."""
-    return {"betas": settings["betas_1d"], "gamma": 0.0, "max_norm": None}
-
-
-def _takes_fused_kernel(group: dict[str, Any]) -> bool:
-    """Whether torch's fused AdamW, the fastest, can run on these parameters. Parameters on "meta" move later."""
-    # Without torch's list, which is private, its kernels choose for themselves.
-    devices = {*getattr(_foreach_utils, "_get_fused_kernels_supported_devices", list)(), "meta"}
-    tensors = [param[1] if isinstance(param, tuple) else param for param in group["params"]]
-    return group["foreach"] is None and all(t.device.type in devices and t.is_floating_point() for t in tensors)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .groups import ParameterRole
-from .mars import Mars, plain_adamw, plain_rate, settings_among
+from .mars import Mars
+from .settings import plain_adamw, plain_rate, settings_among
 from .sharding import Ranks
 
 

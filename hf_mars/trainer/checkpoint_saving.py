@@ -161,9 +161,12 @@ def checkpoint_to_load(args: TrainingArguments, asked: str | bool | None) -> str
 def check_run(folder: Path, args: TrainingArguments) -> None:
     """Raise a ResumeError where a checkpoint's manifest tells of another optimizer, or otherwise of DeepSpeed or ZeRO.
 
-    Other engines say so themselves.
+    Other engines say so themselves. A manifest that cannot be read is a CheckpointError.
     """
-    manifest = checkpoints.read_manifest(folder) or {}
+    try:
+        manifest = checkpoints.read_manifest(folder) or {}
+    except ValueError as error:
+        raise CheckpointError(f"{folder / checkpoints.MANIFEST}: {error}") from error
     saved, own = manifest.get("optimizer"), optim_name(args)
     if saved in VARIANTS and saved != own:
         raise ResumeError(f"{folder}: {checkpoints.other_meaning('optim', saved, own, own)}")

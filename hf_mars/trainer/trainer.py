@@ -172,7 +172,7 @@ class MarsTrainer(Trainer):
             super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if mars_name(self.args) is not None:
+        if mars_name(self.args) is not None:  # before the folder is begun; of a stock Trainer hooks.py does it
             tell_skipped(self.args, self.state, self.optimizer)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self._pushes = []

@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 
 import conftest  # noqa: E402, F401  the tests' environment
 
-from chaos.runs import LOST, MOMENTS, Moment, Setup, log_of, result_of, start, wait, warm_up  # noqa: E402
+from chaos.runs import LOST, SAVING, Moment, Setup, log_of, result_of, start, wait, warm_up  # noqa: E402
 from hf_mars.trainer.checkpoints import MANIFEST, checkpoints_in, fault  # noqa: E402
 
 ARGUMENTS = {"approx": "gamma=0.3", "exact": "gamma=0.3,exact=true", "no clip": "gamma=0.3,max_norm=none"}
@@ -125,7 +125,7 @@ class Chaos:
         return wait(pids)
 
     def kill_in_a_save(self, setup, folder):
-        moment = Moment(self.chance.choice([*MOMENTS]), self.chance.randrange(1, 7))
+        moment = Moment(self.chance.choice([*SAVING]), self.chance.randrange(1, 7))
         codes = wait(start(setup, folder, moment))
         self.counts["kills in a save"] += -9 in codes
         return codes

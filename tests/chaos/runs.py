@@ -24,8 +24,8 @@ from hf_mars.trainer.signals import TrainingStopped
 
 STEPS = 12
 LOST = 71  # the exit code of a process whose peer is gone
-# Functions at whose n-th call a run kills itself: the parts of a save, in their order.
-MOMENTS = {
+# Functions at whose n-th call a run signals itself: the parts of a save, in their order, and a step.
+SAVING = {
     "begin": (checkpoints, "begin"),
     "weights": (None, "_save"),
     "random state": (None, "_save_rng_state"),
@@ -33,6 +33,7 @@ MOMENTS = {
     "manifest": (checkpoints, "_write_manifest"),
     "rotation": (checkpoint_saving, "rotate"),
 }
+MOMENTS = {**SAVING, "micro-batch": (None, "training_step")}
 
 
 class Setup(NamedTuple):
@@ -47,10 +48,11 @@ class Setup(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """Where a run kills itself, in its first process."""
+    """Where a run signals itself, in its first process."""
 
     name: str
     call: int
+    signum: signal.Signals = signal.SIGKILL
 
 
 def warm_up(folder):
@@ -121,7 +123,7 @@ def _run(setup, folder, rank, moment):
         save_total_limit=2,
     )
     if moment is not None:
-        _kill_at(trainer, moment)
+        _signal_at(trainer, moment)
     try:
         whole = checkpoints.newest_whole(folder / "out").checkpoint
         if setup.processes > 1:
@@ -152,7 +154,7 @@ def _run(setup, folder, rank, moment):
     return 0
 
 
-def _kill_at(trainer, moment):
+def _signal_at(trainer, moment):
     owner, name = MOMENTS[moment.name]
     owner = trainer if owner is None else owner
     function, calls = getattr(owner, name), []
@@ -160,7 +162,7 @@ def _kill_at(trainer, moment):
     def counted(*args, **kwargs):
         calls.append(None)
         if len(calls) == moment.call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), moment.signum)
         return function(*args, **kwargs)
 
     setattr(owner, name, counted)

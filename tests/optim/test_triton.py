@@ -24,31 +24,32 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(600)  # on a machine in full use
 @pytest.mark.skipif(gpu.is_interpreted(), reason="these tests start the interpreter themselves")
 @pytest.mark.parametrize(
-    ("file", "chosen"),
+    ("file", "chosen", "at_least"),
     [
-        ("test_gpu_kernels.py", ""),
-        ("test_gpu_matrices.py", ""),
-        ("test_kernels.py", "gpu"),
-        ("test_reference.py", "equals_the_reference and float64 and adamw and (max_norm_0.3 or betas_eps or 1d)"),
-        pytest.param("test_reference.py", "equals_the_reference and float64", marks=pytest.mark.exhaustive),
-        ("test_laws.py", "one_buffer and 0.025 or constant_gradient"),
-        pytest.param("test_laws.py", "one_buffer", marks=pytest.mark.exhaustive),
+        ("test_gpu_kernels.py", "", 40),
+        ("test_gpu_matrices.py", "", 20),
+        ("test_kernels.py", "gpu", 40),
+        ("test_reference.py", "equals_the_reference and float64 and adamw and (max_norm_0.3 or betas_eps or 1d)", 4),
+        pytest.param("test_reference.py", "equals_the_reference and float64", 40, marks=pytest.mark.exhaustive),
+        ("test_laws.py", "one_buffer and 0.025 or constant_gradient", 5),
+        pytest.param("test_laws.py", "one_buffer", 12, marks=pytest.mark.exhaustive),
         (
             "test_global_clip.py",
             "multiplied_first and kernels and not float64 and (mars_adamw and bound or mars_lion and own)",
+            4,
         ),
-        pytest.param("test_global_clip.py", "multiplied_first and kernels", marks=pytest.mark.exhaustive),
+        pytest.param("test_global_clip.py", "multiplied_first and kernels", 80, marks=pytest.mark.exhaustive),
     ],
 )
-def test_through_the_interpreter(file, chosen):
-    """The tests of every other device."""
+def test_through_the_interpreter(file, chosen, at_least):
+    """The tests of every other device: as many as are there, lest a name changes and none is chosen."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         [*command, HERE / file, "-k", chosen], capture_output=True, text=True, env=environment, cwd=ROOT
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 3 and "skipped" not in result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= at_least and "skipped" not in result.stdout
 
 
 TARGETS = {"Turing": ("cuda", 75), "Ampere": ("cuda", 80), "Hopper": ("cuda", 90), "MI300": ("hip", "gfx942")}

@@ -159,6 +159,15 @@ def test_a_checkpoint_of_deepspeed_is_refused_without_it(saved, tmp_path, engine
         resume(checkpoint, tmp_path, optim_args=SAVED)
 
 
+@pytest.mark.parametrize("optim", ["mars_adamw", "adamw_torch"])
+def test_a_manifest_that_cannot_be_read_is_named(saved, tmp_path, optim):
+    """Also to a stock Trainer, which does not look whether checkpoints are whole."""
+    checkpoint = shutil.copytree(saved(), tmp_path / "checkpoint-2")
+    (checkpoint / MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{MANIFEST}: it lists no files"):
+        resume(checkpoint, tmp_path, optim=optim, optim_args=None, cls=Trainer)
+
+
 def test_a_clip_that_is_turned_off_is_no_such_change(saved, tmp_path):
     trainer = resume(saved("mars_lion"), tmp_path, optim="mars_lion", optim_args="max_norm=none", steps=1)
     assert setting(trainer, "max_norm") == {"None"}
