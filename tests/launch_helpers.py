@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import forks
 import psutil
 
 TESTS = Path(__file__).parent
@@ -27,9 +28,12 @@ def start(processes, script, *arguments, timeout=240, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def launch(processes, script, *arguments, **options):
-    """What a launch printed that must end well."""
-    done = start(processes, script, *arguments, **options)
+def launch(processes, script, *arguments, timeout=240, **environment):
+    """What a script in tests/ printed, which must end well; on processes that are forked where they can be."""
+    if forks.TOO_LATE.intersection(environment):
+        done = start(processes, script, *arguments, timeout=timeout, **environment)
+    else:
+        done = forks.start(processes, TESTS / script, arguments, {"PYTHONPATH": PYTHONPATH, **environment}, timeout)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
     return done.stdout
 

@@ -2,13 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from launch_helpers import ROOT
+from launch_helpers import ROOT, launch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mars.optim.algorithm.newton_schulz import newton_schulz
@@ -26,16 +23,8 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 def counted(request):
     """(ranks, rows that the script counted on so many processes)."""
     engines = [engine for engine in communication.ENGINES if HAS_DEEPSPEED or not engine.startswith("zero")]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), "--count", *engines],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return request.param, json.loads(done.stdout.splitlines()[-1])
+    printed = launch(request.param, SCRIPT, "--count", *engines, DS_ACCELERATOR="cpu")
+    return request.param, json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.slow

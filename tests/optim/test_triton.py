@@ -20,36 +20,42 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
+# By file, the tests that are chosen and how many these are at least, lest a name changes and none is chosen.
+EVERY_TIME = {
+    "test_gpu_kernels": ("", 40),
+    "test_gpu_matrices": ("", 20),
+    "test_kernels": ("gpu", 40),
+    "test_reference": ("equals_the_reference and float64 and adamw and (max_norm_0.3 or optimize_1d)", 2),
+    "test_laws": ("one_buffer and mars_lion and 0.025 or constant_gradient and 0.025", 2),
+    "test_global_clip": (
+        "multiplied_first and kernels and not float64 and (mars_adamw and bound or mars_lion and own)",
+        4,
+    ),
+}
+EXHAUSTIVE = {
+    "test_reference": ("equals_the_reference and float64", 40),
+    "test_laws": ("one_buffer or constant_gradient", 14),
+    "test_global_clip": ("multiplied_first and kernels", 80),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # on a machine in full use
+@pytest.mark.timeout(900)  # on a machine in full use
 @pytest.mark.skipif(gpu.is_interpreted(), reason="these tests start the interpreter themselves")
-@pytest.mark.parametrize(
-    ("file", "chosen", "at_least"),
-    [
-        ("test_gpu_kernels.py", "", 40),
-        ("test_gpu_matrices.py", "", 20),
-        ("test_kernels.py", "gpu", 40),
-        ("test_reference.py", "equals_the_reference and float64 and adamw and (max_norm_0.3 or betas_eps or 1d)", 4),
-        pytest.param("test_reference.py", "equals_the_reference and float64", 40, marks=pytest.mark.exhaustive),
-        ("test_laws.py", "one_buffer and 0.025 or constant_gradient", 5),
-        pytest.param("test_laws.py", "one_buffer", 12, marks=pytest.mark.exhaustive),
-        (
-            "test_global_clip.py",
-            "multiplied_first and kernels and not float64 and (mars_adamw and bound or mars_lion and own)",
-            4,
-        ),
-        pytest.param("test_global_clip.py", "multiplied_first and kernels", 80, marks=pytest.mark.exhaustive),
-    ],
-)
-def test_through_the_interpreter(file, chosen, at_least):
-    """The tests of every other device: as many as are there, lest a name changes and none is chosen."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+@pytest.mark.parametrize("files", [EVERY_TIME, pytest.param(EXHAUSTIVE, marks=pytest.mark.exhaustive)])
+def test_through_the_interpreter(files):
+    """The tests of every other device."""
+    chosen = " or ".join(f"({file}.py and ({names or file}))" for file, (names, _) in files.items())
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    paths = [HERE / f"{file}.py" for file in files]
     result = subprocess.run(
-        [*command, HERE / file, "-k", chosen], capture_output=True, text=True, env=environment, cwd=ROOT
+        [*command, *paths, "-k", chosen], capture_output=True, text=True, env=environment, cwd=ROOT
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= at_least and "skipped" not in result.stdout
+    assert "skipped" not in result.stdout
+    for file, (_, at_least) in files.items():
+        assert len(re.findall(rf"/{file}\.py::.* PASSED", result.stdout)) >= at_least, file
 
 
 TARGETS = {"Turing": ("cuda", 75), "Ampere": ("cuda", 80), "Hopper": ("cuda", 90), "MI300": ("hip", "gfx942")}

@@ -42,6 +42,7 @@ def test_a_plain_script(tmp_path):
     assert float(alone.stdout.split()[-1]) == pytest.approx(rows[0]["training"][-1][1], abs=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_accelerate_launch(tmp_path):
     """On two processes, of which one writes the log."""
     script = (
