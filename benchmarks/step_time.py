@@ -14,6 +14,7 @@ where that package is installed (the `bench` extra).
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import platform
@@ -56,10 +57,14 @@ def contestants():
         from pytorch_optimizer import MARS
 
         elementwise["pytorch_optimizer.MARS"] = MARS
+
+    def shampoo(params, **settings):
+        return MarsShampoo([{"params": params, "kind": "matrix"}], **settings)
+
     orthogonal = {
-        "MarsShampoo": MarsShampoo,
-        "MarsShampoo(max_norm=1)": lambda params: MarsShampoo(params, max_norm=1.0),
-        "MarsShampoo(max_norm=1), clips": lambda params: MarsShampoo(params, max_norm=1.0),
+        "MarsShampoo": shampoo,
+        "MarsShampoo(max_norm=1)": functools.partial(shampoo, max_norm=1.0),
+        "MarsShampoo(max_norm=1), clips": functools.partial(shampoo, max_norm=1.0),
     }
     if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
         orthogonal = {"torch.optim.Muon": torch.optim.Muon, **orthogonal}
