@@ -80,7 +80,7 @@ def check_contents(sdist: Path, wheel: Path) -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
     for file in (sdist, wheel):
         print(f"{file.name}: {file.stat().st_size:,} bytes")
-        check(file.stat().st_size < MAX_BYTES, f"{file.name} has {MAX_BYTES:,} bytes or more")
+    check(wheel.stat().st_size < MAX_BYTES, f"{wheel.name} has {MAX_BYTES:,} bytes or more")
     check("abi3" in wheel.name, f"{wheel.name} is for one Python alone")
     names = zipfile.ZipFile(wheel).namelist()
     check("hf_mars.pth" in names, "the wheel lacks hf_mars.pth")
