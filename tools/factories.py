@@ -34,7 +34,7 @@ FACTORIES = {
         "posthog==6.7.11 schedulefree==1.4.1 kernels==0.16.0 optimum==1.16.2 addict fire termcolor colorama einops "
         "python-dotenv art coloredlogs humanfriendly httpx httpcore kernels-data six backoff distro numba llvmlite "
         "bitsandbytes fastcore wandb opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions "
-        "trackio==0.19.0 pillow platformdirs protobuf"
+        "trackio==0.19.0 pillow platformdirs protobuf triton"
     ),
     # torchaudio has no build for CPUs; LLaMA-Factory imports it for audio.
     "llama_factory": Factory(
@@ -46,7 +46,7 @@ FACTORIES = {
     "ms_swift": Factory(
         "ms-swift==4.6.0 transformers==5.19.0 trl==0.29.1 peft==0.20.0 datasets==4.8.4 modelscope json_repair dacite "
         "binpacking attrdict addict einops sortedcontainers simplejson tiktoken "
-        "modelscope_hub httpx httpcore cryptography pillow"
+        "modelscope_hub httpx httpcore cryptography cffi pycparser pillow"
     ),
     # A base in 4 bits on CPUs, with TRL.
     "qlora": Factory("bitsandbytes==0.50.2"),
