@@ -18,12 +18,14 @@ class Clip:
         total_norm: ‖g‖₂ of all of them before the clip, a 0-d tensor.
         factor: f, a 0-d tensor beside it; g_t is f · g.
         norms: ‖g‖₂ of each parameter's before the clip, numbers; empty where the host does not know them.
+        is_measured: total_norm was measured here; else it was given.
         captured: whether it was measured in a CUDA graph, whose replays measure anew.
     """
 
     total_norm: Tensor
     factor: Tensor
     norms: dict[Tensor, float]
+    is_measured: bool = True
     captured: bool = False
 
     def factor_on(self, device: torch.device) -> float | Tensor | None:

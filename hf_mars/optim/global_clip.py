@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import weakref
 from typing import Any
 
@@ -46,35 +47,39 @@ class GlobalClip:
     ) -> Tensor:
         """See `Mars.clip_grad_norm_`; `at_once` multiplies the gradients themselves."""
         if torch.compiler.is_compiling():
-            raise RuntimeError(
+            refuse_to_compile(
                 "clip_grad_norm_() of a MARS optimizer cannot be compiled; use torch.nn.utils.clip_grad_norm_ there"
             )
-        clip = self.measure(groups, originals, max_norm, total_norm)
+        max_norm = checked_max_norm(max_norm)
+        owned = [(param, group) for group in groups for param in group["params"] if param.grad is not None]
+        check_dense([param.grad for param, _ in owned])
+        clip = self._measure(owned, groups, originals, max_norm, total_norm)
         if error_if_nonfinite and not math.isfinite(clip.total_norm):
-            self.forget()
             raise RuntimeError(
                 f"the total norm of the gradients is {clip.total_norm.item()}, so they cannot be clipped; "
                 "error_if_nonfinite=False lets step() skip them"
             )
         if at_once:
-            self.forget()
-            for group in groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        local_tensor(param.grad).mul_(clip.factor.to(param.grad.device))
+            for param, _ in owned:
+                assert param.grad is not None
+                local_tensor(param.grad).mul_(clip.factor.to(param.grad.device))
+            return clip.total_norm
+        self._clip, self._is_used = clip, False
+        self._clipped = {}
+        for param, _ in owned:
+            assert param.grad is not None
+            self._clipped[param] = weakref.ref(param.grad), _writes(param.grad)
         return clip.total_norm
 
-    def measure(self, groups: list[Group], originals: Originals, max_norm: float, total_norm: Any) -> Clip:
-        """The clip of the present gradients; takes the place of an earlier one.
-
-        Args:
-            groups: the optimizer's param_groups.
-            originals: knows what lies in flat tensors.
-            max_norm, total_norm: see `Mars.clip_grad_norm_`.
-        """
-        check_max_norm(max_norm)
-        owned = [(param, group) for group in groups for param in group["params"] if param.grad is not None]
-        check_dense([param.grad for param, _ in owned])
+    def _measure(
+        self,
+        owned: list[tuple[Tensor, Group]],
+        groups: list[Group],
+        originals: Originals,
+        max_norm: float,
+        total_norm: Any,
+    ) -> Clip:
+        """The clip of gradients, of the parameters that have one."""
         norms: dict[Tensor, float] = {}
         if total_norm is None:
             total, norms = _total_norm(owned, originals)
@@ -85,12 +90,7 @@ class GlobalClip:
         captured = bool(owned) and is_captured(owned[0][0])
         # As torch.nn.utils.clip_grads_with_norm_ computes it.
         factor = torch.clamp(max_norm / (total + EPSILON), max=1.0)
-        self._clip, self._is_used = Clip(total, factor, norms, captured), False
-        self._clipped = {}
-        for param, _ in owned:
-            assert param.grad is not None
-            self._clipped[param] = weakref.ref(param.grad), _writes(param.grad)
-        return self._clip
+        return Clip(total, factor, norms, is_measured=total_norm is None, captured=captured)
 
     def of_gradients(self, groups: list[Group]) -> Clip | None:
         """The clip of the gradients that step() is to take; None where they are taken as they are.
@@ -101,7 +101,7 @@ class GlobalClip:
         if self._clip is None:
             return None
         if torch.compiler.is_compiling():
-            raise RuntimeError(
+            refuse_to_compile(
                 "clip_grad_norm_() before a compiled step(): the factor would be compiled into it; use "
                 "torch.nn.utils.clip_grad_norm_ there"
             )
@@ -141,17 +141,30 @@ class GlobalClip:
         return changed
 
 
+@torch._disable_dynamo
+def refuse_to_compile(why: str) -> None:
+    """Raise in compiled code, too: there a bare `raise` makes the compiler leave the function to Python."""
+    raise RuntimeError(why)
+
+
 def _writes(grad: Tensor) -> int:
-    """How often torch has written to a gradient in place."""
-    return local_tensor(grad)._version
+    """How often torch has written to a gradient in place; it does not count under torch.inference_mode()."""
+    local = local_tensor(grad)
+    return -1 if local.is_inference() else local._version
 
 
-def check_max_norm(max_norm: float) -> None:
-    """Raise unless gradients can be clipped to this norm."""
-    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
+def checked_max_norm(max_norm: Any) -> float:
+    """As a float. Raises TypeError or ValueError unless gradients can be clipped to this norm."""
+    is_number = isinstance(max_norm, numbers.Real) and not isinstance(max_norm, bool)
+    if not is_number and not (isinstance(max_norm, Tensor) and max_norm.numel() == 1 and not max_norm.is_complex()):
         raise TypeError(f"max_norm must be a number, got {type(max_norm).__name__}")
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm must be a number of at least 0 (math.inf clips nothing), got {max_norm!r}")
+    try:
+        number = float(max_norm)
+    except OverflowError:
+        number = math.inf
+    if not number >= 0:
+        raise ValueError(f"max_norm must be a number of at least 0 (math.inf clips nothing), got {number!r}")
+    return number
 
 
 def _as_norm(total_norm: Any, owned: list[tuple[Tensor, Group]]) -> Tensor:
@@ -159,9 +172,13 @@ def _as_norm(total_norm: Any, owned: list[tuple[Tensor, Group]]) -> Tensor:
     if isinstance(norm, Tensor):
         if norm.numel() != 1:
             raise ValueError(f"total_norm must be one number, got a tensor of shape {tuple(norm.shape)}")
+        if norm.is_complex():
+            raise TypeError(f"total_norm must be a real number, got {norm.dtype}")
         norm = norm.detach().reshape(()).to(torch.promote_types(norm.dtype, torch.float32))
         if not reads_are_free([norm]):
             return norm
+    elif not isinstance(norm, numbers.Real):
+        raise TypeError(f"total_norm must be a number, got {type(norm).__name__}")
     if norm < 0:
         raise ValueError(f"total_norm must be a norm, at least 0, got {float(norm)!r}")
     if isinstance(norm, Tensor):

@@ -85,12 +85,14 @@ class Mars(Optimizer):
         if self._guesses:
             warnings.warn(_GUESSED, stacklevel=3)  # at the line that makes the optimizer, once for each
         del self._roles  # it would keep alive the parameters that an engine replaces
+        self.global_clip = GlobalClip()
         self._start_anew()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         super().__setstate__(state)
         if before is None:  # unpickled
+            self.global_clip = GlobalClip()
             self._originals = Originals()
             for group in self.param_groups:
                 self._originals.add(group)
@@ -109,7 +111,6 @@ class Mars(Optimizer):
         self._seen: dict[int, Seen] = {}
         self._last_norms = LastNorms()
         self._previous_point = PreviousPoint()
-        self.global_clip = GlobalClip()
         self._told_norms: tuple[Norm, ...] = ()
         self._skipped_steps = SkippedSteps()
         self._executions: dict[str, dict[str, None]] = {}
@@ -150,12 +151,12 @@ class Mars(Optimizer):
 
     def _skip(self, clip: Clip | None) -> Skip:
         told, self._told_norms = self._told_norms, ()
-        if told:
-            return Skip(told, is_complete=True)
-        if clip is not None and not self.previous_grads:
-            return Skip([clip.total_norm], is_complete=True)
-        norms = norms_to_skip_by(self.param_groups, self.previous_grads, self._originals)
-        return Skip(norms if clip is None else [clip.total_norm, *norms])
+        norms = [*told]
+        if clip is not None and not any(norm is clip.total_norm for norm in told):
+            norms.append(clip.total_norm)
+        if told or (clip is not None and clip.is_measured and not self.previous_grads):
+            return Skip(norms, is_complete=True)
+        return Skip([*norms, *norms_to_skip_by(self.param_groups, self.previous_grads, self._originals)])
 
     def _step(self, skip: Skip, clip: Clip | None) -> None:
         made: list[Made] = []
@@ -189,21 +190,24 @@ class Mars(Optimizer):
 
         As torch.nn.utils.clip_grad_norm_, in fewer passes over memory: gradients are read here and never written to.
         Call it after the last backward pass, and after a gradient scaler's `unscale_`. The factor belongs to these
-        gradients: every step() on them takes it, one on others that have come in between raises, and zero_grad()
-        drops it. A second call takes the place of the first. A step whose total norm is not finite changes nothing,
-        as with `skip_unless_finite`. Inside of `previous_point()` the gradients are multiplied at once.
+        gradients: every step() on them takes it, and zero_grad() drops it. A step() on others that have come in
+        between raises, unless a step has been taken and all are others: a later update, which is not clipped. A second
+        call takes the place of the first. A step whose total norm is not finite changes nothing, as with
+        `skip_unless_finite`. Inside of `previous_point()` the gradients are multiplied at once.
 
         Args:
-            max_norm: largest ‖g_t‖₂ over all parameters; `math.inf` measures alone.
+            max_norm: largest ‖g_t‖₂ over all parameters, a number or a tensor of one; `math.inf` measures alone.
             error_if_nonfinite: raise if the total norm is not finite, which the host then waits for.
             total_norm: ‖g‖₂, where more gradients than this optimizer's are clipped together: the root of the sum of
                 the squares of what `clip_grad_norm_(math.inf)` returns for each optimizer.
 
         Returns:
-            ‖g‖₂ before the clip, a 0-d tensor: float64 if a gradient is, else float32. Sums are made in float64, so
-            that it differs from torch's, which loses up to some thousandths where tensors have millions of elements.
+            ‖g‖₂ before the clip, a 0-d tensor: float64 if a gradient is, else float32. Sums of blocks of squares are
+            added in float64, so that it differs from torch's, which loses up to some thousandths where tensors have
+            millions of elements.
 
         Raises:
+            TypeError: max_norm or total_norm is not a number.
             ValueError: max_norm is negative or NaN, or total_norm is not one number, or is negative.
             RuntimeError: a gradient is sparse; the norm is not finite and `error_if_nonfinite`; or called in a
                 function that torch.compile compiles.
@@ -266,8 +270,8 @@ class Mars(Optimizer):
         A loop that skips a bad batch would otherwise correct the next one with the gradients of both.
         """
         super().zero_grad(set_to_none)
-        self.global_clip.forget()
-        if not self._previous_point.is_entered:
+        if not self._previous_point.is_entered:  # inside, the gradients at x_t are put aside
+            self.global_clip.forget()
             self._previous_point.forget()
 
     # ---- exact mode ----

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from transformers import Trainer, TrainerCallback
 from transformers.utils import is_sagemaker_mp_enabled, logging
 
@@ -59,7 +64,10 @@ class Clipping:
         if reason is not None:
             if reason not in self.reasons:
                 self.reasons.append(reason)
-                logger.info(f"gradients are clipped by torch.nn.utils.clip_grad_norm_, in passes of its own: {reason}")
+                doing = "gradients are clipped by torch.nn.utils.clip_grad_norm_, in passes of its own"
+                if math.isinf(max_norm):
+                    doing = "the norm of the gradients is measured by torch, in a pass of its own"
+                logger.info(f"{doing}: {reason}")
             return None
         if mars_name(trainer.args) is not None:
             check_finite(trainer, model)
@@ -100,13 +108,26 @@ def _why_not_here(trainer: Trainer, optimizer: Mars) -> str | None:
     for group in optimizer.param_groups:
         if (reason := why_composed(group)) is not None:
             return reason
-    for callback in trainer.callback_handler.callbacks:
-        if _sees_gradients(callback):
-            return f"{type(callback).__name__}.on_pre_optimizer_step may look at clipped gradients"
+    if (seer := next(_who_sees_gradients(trainer, optimizer), None)) is not None:
+        return f"{seer} may look at clipped gradients"
     return None
 
 
-def _sees_gradients(callback: TrainerCallback) -> bool:
-    """Whether somebody else's code runs between the clip and the step."""
-    method = type(callback).on_pre_optimizer_step
-    return method is not TrainerCallback.on_pre_optimizer_step and not method.__module__.startswith("hf_mars.")
+def _who_sees_gradients(trainer: Trainer, optimizer: Mars) -> Iterator[str]:
+    """Somebody else's code that runs between the clip and the end of the update, by name."""
+    for callback in trainer.callback_handler.callbacks:
+        for event in ("on_pre_optimizer_step", "on_optimizer_step"):
+            method = getattr(callback, event)
+            if getattr(method, "__func__", method) is not getattr(TrainerCallback, event) and not _is_ours(method):
+                yield f"{type(callback).__name__}.{event}"
+    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    hooks += [*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()]
+    for hook in hooks:
+        if not _is_ours(hook):
+            yield f"a hook of step(), {getattr(hook, '__qualname__', type(hook).__name__)},"
+    if not _is_ours(trainer._get_grad_norm):
+        yield f"{type(trainer).__name__}._get_grad_norm"
+
+
+def _is_ours(function: Callable[..., Any]) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("hf_mars.")

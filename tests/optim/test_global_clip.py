@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import EVERY_METHOD, assert_equal, assert_same_state, make, make_gradients, make_params, values
@@ -98,7 +99,9 @@ def test_the_same_bits_in_tensors_of_many_blocks(cls, max_norm, threads):
         assert fused.executions["matrix"] == "the compiled step"
 
 
-def test_exact_mode_multiplies_each_evaluation_by_its_own_factor():
+@pytest.mark.parametrize("previous_first", [True, False])
+def test_exact_mode_multiplies_each_evaluation_by_its_own_factor(previous_first):
+    """In either order."""
     one, two = make_params(SHAPES), make_params(SHAPES)
     fused, first = (make("mars_adamw", params, exact=True, gamma=0.3) for params in (one, two))
     for grads in make_gradients(one, 5, scales=(0.05, 2.0)):
@@ -110,11 +113,15 @@ def test_exact_mode_multiplies_each_evaluation_by_its_own_factor():
                 total = torch.tensor(norm_of([p.grad for p in params]), dtype=torch.float64)
                 torch.nn.utils.clip_grads_with_norm_(params, 1.0, total)
 
-            with optimizer.previous_point():
-                give(params, [g + 0.1 * p.detach() for g, p in zip(grads, params, strict=True)])
-                clip()
-            give(params, grads)
-            clip()
+            for is_previous in (previous_first, not previous_first):
+                if is_previous:
+                    with optimizer.previous_point():
+                        optimizer.zero_grad()  # a loop of one's own, around both evaluations
+                        give(params, [g + 0.1 * p.detach() for g, p in zip(grads, params, strict=True)])
+                        clip()
+                else:
+                    give(params, grads)
+                    clip()
             optimizer.step()
             optimizer.zero_grad()
     for left, right in zip(values(one), values(two), strict=True):
@@ -344,6 +351,50 @@ def test_error_if_nonfinite():
         optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
 
 
+def test_a_call_that_raises_leaves_the_earlier_clip(clipped):
+    optimizer, params, grads = clipped
+    with pytest.raises(RuntimeError, match="total norm of the gradients is nan"):
+        optimizer.clip_grad_norm_(1.0, total_norm=math.nan, error_if_nonfinite=True)
+    optimizer.step()
+    assert_equal(values(params), reference_steps([grads], [factor_of(torch.tensor(norm_of(grads)), 1.0)]))
+
+
+def test_loading_a_state_leaves_the_clip(clipped):
+    optimizer, params, grads = clipped
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert_equal(values(params), reference_steps([grads], [factor_of(torch.tensor(norm_of(grads)), 1.0)]))
+
+
+@pytest.mark.parametrize("how", ["another norm is told", "the total norm is given"])
+def test_no_other_norm_hides_a_gradient_that_is_not_finite(how):
+    params = make_params(SHAPES, dtype=torch.float32)
+    optimizer = MarsAdamW(params, skip_nonfinite=how == "the total norm is given")
+    before = values(params)
+    (grads,) = make_gradients(params, 1)
+    grads[0].view(-1)[0] = math.nan
+    give(params, grads)
+    if how == "another norm is told":
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.skip_unless_finite(1.0)
+    else:
+        optimizer.clip_grad_norm_(1.0, total_norm=3.0)
+    optimizer.step()
+    assert_equal(values(params), before)
+    assert optimizer.skipped_steps == 1
+
+
+def test_gradients_of_inference_mode():
+    params = make_params(SHAPES, dtype=torch.float32)
+    optimizer = MarsAdamW(params, lr=0.1, gamma=0.3)
+    (grads,) = make_gradients(params, 1)
+    with torch.inference_mode():
+        give(params, grads)
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert_equal(values(params), reference_steps([grads], [factor_of(torch.tensor(norm_of(grads)), 1.0)]))
+
+
 def test_sparse_gradients_are_refused_before_anything_changes(clipped):
     optimizer, params, _ = clipped
     before = values(params)
@@ -359,7 +410,19 @@ def test_max_norm_is_checked(max_norm, clipped):
         clipped[0].clip_grad_norm_(max_norm)
 
 
+@pytest.mark.parametrize("number", [torch.tensor(1.0), torch.tensor([1]), np.float32(1), np.int64(1), True + 0])
+def test_numbers_of_other_libraries(number, clipped):
+    optimizer, params, grads = clipped
+    optimizer.clip_grad_norm_(number)
+    optimizer.step()
+    assert_equal(values(params), reference_steps([grads], [factor_of(torch.tensor(norm_of(grads)), 1.0)]))
+    assert optimizer.clip_grad_norm_(10**400) > 1
+
+
 def test_types_are_checked(clipped):
+    for total_norm, kind in (("1", "a number, got str"), (torch.tensor(1j), "a real number, got torch.complex64")):
+        with pytest.raises(TypeError, match=f"total_norm must be {kind}"):
+            clipped[0].clip_grad_norm_(1.0, total_norm=total_norm)
     with pytest.raises(TypeError, match="max_norm must be a number, got NoneType"):
         clipped[0].clip_grad_norm_(None)
     with pytest.raises(ValueError, match=r"total_norm must be one number, got a tensor of shape \(2,\)"):

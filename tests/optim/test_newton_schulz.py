@@ -169,3 +169,12 @@ def test_float16_does_as_well_as_bfloat16(decay, scale, monkeypatch):
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 3)], ids=str)
 def test_empty_matrices(shape):
     assert newton_schulz(torch.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-12, 1e-20, 1e-30, 1e-36, 1e-40, 0.0])
+def test_tiny_matrices_stay_finite(scale, dtype):
+    """Squares of their entries vanish in float32, and with them the norm that they are divided by."""
+    matrix = scale * torch.randn(30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = newton_schulz(matrix.to(dtype))
+    assert result.isfinite().all() and torch.linalg.matrix_norm(result.double(), 2) < 1.3

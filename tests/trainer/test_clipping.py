@@ -1,5 +1,6 @@
 """MarsTrainer takes the clip along in the step where that is safe, and says where it does not."""
 
+import functools
 import math
 
 import pytest
@@ -19,15 +20,17 @@ class Gradients(MarsTrainer):
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
         self.before, self.written = {}, []
-        optimizer_of(self).register_step_pre_hook(self._compare)
+        ours = optimizer_of(self)
+        ours._step = functools.partial(self._compare, ours._step)  # a hook would make torch clip
         return optimizer
 
     def _clip_grad_norm(self, model):
         self.before = {p: p.grad.clone() for p in model.parameters()}
         return super()._clip_grad_norm(model)
 
-    def _compare(self, *args):
+    def _compare(self, step, *args):
         self.written.append(any(not torch.equal(p.grad, grad) for p, grad in self.before.items()))
+        step(*args)
 
 
 def logged(trainer, key):
@@ -73,6 +76,35 @@ class Looks(TrainerCallback):
         pass
 
 
+class LooksLate(TrainerCallback):
+    def on_optimizer_step(self, *args, **kwargs):
+        """Gradients are still there."""
+
+
+def an_instance_that_looks():
+    callback = TrainerCallback()
+    callback.on_pre_optimizer_step = lambda *args, **kwargs: None
+    return callback
+
+
+class Measures(MarsTrainer):
+    def _get_grad_norm(self, *args, **kwargs):
+        return super()._get_grad_norm(*args, **kwargs)
+
+
+class Hooked(MarsTrainer):
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer_of(self).register_step_pre_hook(halve)
+        return optimizer
+
+
+def halve(optimizer, args, kwargs):
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad.mul_(0.5)
+
+
 def unfreeze_behind_the_optimizer(trainer):
     """A parameter that requires gradients and that no optimizer has."""
     trainer.create_optimizer()
@@ -88,6 +120,10 @@ REASONS = {
     "plain AdamW is torch's": {"optim_args": "gamma=0"},
     "the compiled step takes float32 alone": {"optim_args": "state_dtype=bfloat16"},
     "Looks.on_pre_optimizer_step may look at clipped gradients": {"callbacks": [Looks()]},
+    "LooksLate.on_optimizer_step may look at clipped gradients": {"callbacks": [LooksLate()]},
+    "TrainerCallback.on_pre_optimizer_step may look at clipped gradients": {"callbacks": [an_instance_that_looks()]},
+    "Measures._get_grad_norm may look at clipped gradients": {"cls": Measures},
+    "a hook of step(), halve, may look at clipped gradients": {"cls": Hooked},
 }
 
 
@@ -98,6 +134,24 @@ def test_the_log_says_once_why_torch_clips(reason, tmp_path, monkeypatch):
     trainer = train(tmp_path, max_steps=3, **REASONS[reason])
     assert trainer.clipping.reasons == [reason]
     assert lines == [f"gradients are clipped by torch.nn.utils.clip_grad_norm_, in passes of its own: {reason}"]
+
+
+def test_a_hook_that_writes_gradients_gives_the_stock_trainers_run(tmp_path):
+    class Stock(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            optimizer_of(self).register_step_pre_hook(halve)
+            return optimizer
+
+    runs = [train(tmp_path, cls, max_grad_norm=0.1) for cls in (Hooked, Stock)]
+    assert all(torch.equal(a, b) for a, b in zip(*map(weights, runs), strict=True))
+
+
+def test_the_log_of_a_run_without_a_clip(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(clipping.logger, "info", lines.append)
+    train(tmp_path, max_steps=2, max_grad_norm=0.0, fuse_clip=False)
+    assert lines == ["the norm of the gradients is measured by torch, in a pass of its own: fuse_clip=False"]
 
 
 def test_parameters_that_the_optimizer_has_not(tmp_path):

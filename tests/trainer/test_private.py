@@ -41,6 +41,14 @@ USES = {
     "_disable_dynamo": (torch, "compiled steps: optim/mars.py"),
     "_is_view": (torch.Tensor, "gradients that are views: optim/exact.py, optim/last_grad.py"),
     "_version": (torch.Tensor, "known norms: optim/last_grad.py"),
+    **{
+        f"_{whose}_{when}_hooks": (owner, "hooks of step() that see unclipped gradients: trainer/clipping.py")
+        for whose, owner in (
+            ("optimizer_step", torch.optim.SGD([torch.ones(1)])),
+            ("global_optimizer", torch.optim.optimizer),
+        )
+        for when in ("pre", "post")
+    },
     "_ConvNd": (torch.nn.modules.conv, "layouts of convolutions: optim/groups.py"),
     "_module_state_mapping": (
         torch.distributed._composable_state,
