@@ -69,15 +69,16 @@ def start(processes, script, arguments, environment, timeout):
 
 
 def _wait(running, timeout):
-    """The exit codes in the order of the ends, None in time; what still runs after a failure or then is killed."""
+    """The exit codes, None where they did not come in time; what runs then, or after one has failed, is killed."""
     deadline = time.monotonic() + timeout
-    codes = []
-    while (left := [process for process in running if process.exitcode is None]) and not any(codes):
-        seconds = deadline - time.monotonic()
-        if seconds <= 0 or not multiprocessing.connection.wait([process.sentinel for process in left], seconds):
+    while True:
+        codes = [process.exitcode for process in running]
+        if None not in codes or any(codes):
+            break
+        left = [process.sentinel for process in running if process.exitcode is None]
+        if not multiprocessing.connection.wait(left, max(0, deadline - time.monotonic())):
             codes = None
             break
-        codes = [process.exitcode for process in running if process.exitcode is not None]
     for process in running:
         process.kill()
         process.join()
@@ -91,5 +92,5 @@ def _run(argv, environment, outputs):
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     sys.argv = argv
-    sys.path[:0] = [str(Path(argv[0]).parent), *environment["PYTHONPATH"].split(os.pathsep)]
+    sys.path.insert(0, str(Path(argv[0]).parent))  # before this process's, which it has
     runpy.run_path(argv[0], run_name="__main__")

@@ -33,7 +33,7 @@ def launch(processes, script, *arguments, timeout=240, **environment):
     if forks.TOO_LATE.intersection(environment):
         done = start(processes, script, *arguments, timeout=timeout, **environment)
     else:
-        done = forks.start(processes, TESTS / script, arguments, {"PYTHONPATH": PYTHONPATH, **environment}, timeout)
+        done = forks.start(processes, TESTS / script, arguments, environment, timeout)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
     return done.stdout
 

@@ -4,7 +4,7 @@
     python tools/package.py --quick       # what needs no installation of torch and transformers
 
 1. `python -m build`: the wheel is built from the sdist. Its tag says which Linux it runs on (auditwheel).
-2. Metadata and README (twine), the sizes, the hook in the start of Python, and nothing left out of the sdist.
+2. Metadata and README (twine), the wheel's size, the hook in the start of Python, and nothing left out of the sdist.
 3. Every Python of this machine from 3.11 on loads the one compiled step and takes a step; each has the hook.
 4. In an empty environment, from an empty folder: the sdist without a compiler, the sdist with one, the wheel. Each
    trains two steps of `python -m hf_mars.clm`, and says whether the step is compiled.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import numbers
 import weakref
-from typing import Any
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from .kernels import cpu
 from .sharding import Originals, Part, local_tensor, norms_of_squares, norms_of_wholes, whole_value
 
 EPSILON = 1e-6  # torch.nn.utils.clip_grads_with_norm_'s
+# A parameter that has a gradient, that gradient, and the parameter's group.
+Owned = tuple[Tensor, Tensor, Group]
 
 
 class GlobalClip:
@@ -47,45 +49,33 @@ class GlobalClip:
     ) -> Tensor:
         """See `Mars.clip_grad_norm_`; `at_once` multiplies the gradients themselves."""
         if torch.compiler.is_compiling():
-            refuse_to_compile(
+            _refuse_to_compile(
                 "clip_grad_norm_() of a MARS optimizer cannot be compiled; use torch.nn.utils.clip_grad_norm_ there"
             )
-        max_norm = checked_max_norm(max_norm)
-        owned = [(param, group) for group in groups for param in group["params"] if param.grad is not None]
-        check_dense([param.grad for param, _ in owned])
-        clip = self._measure(owned, groups, originals, max_norm, total_norm)
+        max_norm = _checked_max_norm(max_norm)
+        owned = _with_gradients(groups)
+        check_dense([grad for _, grad, _ in owned])
+        clip = self._measure(owned, originals, max_norm, total_norm)
         if error_if_nonfinite and not math.isfinite(clip.total_norm):
             raise RuntimeError(
                 f"the total norm of the gradients is {clip.total_norm.item()}, so they cannot be clipped; "
                 "error_if_nonfinite=False lets step() skip them"
             )
         if at_once:
-            for param, _ in owned:
-                assert param.grad is not None
-                local_tensor(param.grad).mul_(clip.factor.to(param.grad.device))
+            for _, grad, _ in owned:
+                local_tensor(grad).mul_(clip.factor.to(grad.device))
             return clip.total_norm
         self._clip, self._is_used = clip, False
-        self._clipped = {}
-        for param, _ in owned:
-            assert param.grad is not None
-            self._clipped[param] = weakref.ref(param.grad), _writes(param.grad)
+        self._clipped = {param: (weakref.ref(grad), _writes(grad)) for param, grad, _ in owned}
         return clip.total_norm
 
-    def _measure(
-        self,
-        owned: list[tuple[Tensor, Group]],
-        groups: list[Group],
-        originals: Originals,
-        max_norm: float,
-        total_norm: Any,
-    ) -> Clip:
-        """The clip of gradients, of the parameters that have one."""
+    def _measure(self, owned: list[Owned], originals: Originals, max_norm: float, total_norm: Any) -> Clip:
         norms: dict[Tensor, float] = {}
         if total_norm is None:
             total, norms = _total_norm(owned, originals)
         else:
             total = _as_norm(total_norm, owned)
-            if self._clip is not None and not self._changed(groups):  # measured for the norm over several optimizers
+            if self._clip is not None and not self._changed(owned):  # measured for the norm over several optimizers
                 norms = self._clip.norms
         captured = bool(owned) and is_captured(owned[0][0])
         # As torch.nn.utils.clip_grads_with_norm_ computes it.
@@ -101,20 +91,20 @@ class GlobalClip:
         if self._clip is None:
             return None
         if torch.compiler.is_compiling():
-            refuse_to_compile(
+            _refuse_to_compile(
                 "clip_grad_norm_() before a compiled step(): the factor would be compiled into it; use "
                 "torch.nn.utils.clip_grad_norm_ there"
             )
-        changed = self._changed(groups)
+        owned = _with_gradients(groups)
+        changed = self._changed(owned)
         if changed:
-            taken = sum(param.grad is not None for group in groups for param in group["params"])
-            if len(changed) == taken and self._is_used:  # a later update, which is not clipped
+            if len(changed) == len(owned) and self._is_used:  # a later update, which is not clipped
                 self.forget()
                 return None
             raise RuntimeError(
-                f"{len(changed)} of {taken} gradients, the first of shape {tuple(changed[0].shape)}, were replaced or "
-                "written to after clip_grad_norm_() had measured them: call it after the last backward pass and a "
-                "gradient scaler's unscale_, or drop what it has measured with zero_grad()"
+                f"{len(changed)} of {len(owned)} gradients, the first of shape {tuple(changed[0].shape)}, were "
+                "replaced or written to after clip_grad_norm_() had measured them: call it after the last backward "
+                "pass and a gradient scaler's unscale_, or drop what it has measured with zero_grad()"
             )
         if not self._clip.captured and any(is_captured(param) for param in self._clipped):
             raise RuntimeError(
@@ -127,22 +117,22 @@ class GlobalClip:
         """Note that a step has taken the clip, or was skipped by it."""
         self._is_used = True
 
-    def _changed(self, groups: list[Group]) -> list[Tensor]:
+    def _changed(self, owned: list[Owned]) -> list[Tensor]:
         """Parameters whose gradient is not the one that was clipped."""
         changed = []
-        for group in groups:
-            for param in group["params"]:
-                grad: Tensor | None = param.grad
-                if grad is None:
-                    continue
-                known = self._clipped.get(param)
-                if known is None or known[0]() is not grad or known[1] != _writes(grad):
-                    changed.append(param)
+        for param, grad, _ in owned:
+            known = self._clipped.get(param)
+            if known is None or known[0]() is not grad or known[1] != _writes(grad):
+                changed.append(param)
         return changed
 
 
+def _with_gradients(groups: list[Group]) -> list[Owned]:
+    return [(param, param.grad, group) for group in groups for param in group["params"] if param.grad is not None]
+
+
 @torch._disable_dynamo
-def refuse_to_compile(why: str) -> None:
+def _refuse_to_compile(why: str) -> NoReturn:
     """Raise in compiled code, too: there a bare `raise` makes the compiler leave the function to Python."""
     raise RuntimeError(why)
 
@@ -153,9 +143,9 @@ def _writes(grad: Tensor) -> int:
     return -1 if local.is_inference() else local._version
 
 
-def checked_max_norm(max_norm: Any) -> float:
+def _checked_max_norm(max_norm: Any) -> float:
     """As a float. Raises TypeError or ValueError unless gradients can be clipped to this norm."""
-    is_number = isinstance(max_norm, numbers.Real) and not isinstance(max_norm, bool)
+    is_number = isinstance(max_norm, Real) and not isinstance(max_norm, bool)
     if not is_number and not (isinstance(max_norm, Tensor) and max_norm.numel() == 1 and not max_norm.is_complex()):
         raise TypeError(f"max_norm must be a number, got {type(max_norm).__name__}")
     try:
@@ -167,7 +157,7 @@ def checked_max_norm(max_norm: Any) -> float:
     return number
 
 
-def _as_norm(total_norm: Any, owned: list[tuple[Tensor, Group]]) -> Tensor:
+def _as_norm(total_norm: Any, owned: list[Owned]) -> Tensor:
     norm = whole_value(total_norm)
     if isinstance(norm, Tensor):
         if norm.numel() != 1:
@@ -177,7 +167,7 @@ def _as_norm(total_norm: Any, owned: list[tuple[Tensor, Group]]) -> Tensor:
         norm = norm.detach().reshape(()).to(torch.promote_types(norm.dtype, torch.float32))
         if not reads_are_free([norm]):
             return norm
-    elif not isinstance(norm, numbers.Real):
+    elif not isinstance(norm, Real):
         raise TypeError(f"total_norm must be a number, got {type(norm).__name__}")
     if norm < 0:
         raise ValueError(f"total_norm must be a norm, at least 0, got {float(norm)!r}")
@@ -186,23 +176,22 @@ def _as_norm(total_norm: Any, owned: list[tuple[Tensor, Group]]) -> Tensor:
     return torch.tensor(float(norm), dtype=_dtype(owned), device=owned[0][0].device if owned else None)
 
 
-def _dtype(owned: list[tuple[Tensor, Group]]) -> torch.dtype:
+def _dtype(owned: list[Owned]) -> torch.dtype:
     """Of the total norm: float32, or float64 if a gradient has it."""
-    is_wide = any(param.grad is not None and param.grad.dtype == torch.float64 for param, _ in owned)
+    is_wide = any(grad.dtype == torch.float64 for _, grad, _ in owned)
     return torch.float64 if is_wide else torch.float32
 
 
-def _total_norm(owned: list[tuple[Tensor, Group]], originals: Originals) -> tuple[Tensor, dict[Tensor, float]]:
+def _total_norm(owned: list[Owned], originals: Originals) -> tuple[Tensor, dict[Tensor, float]]:
     """‖g‖₂ over all parameters, and of each where the host knows it and the parameter is one tensor."""
     if not owned:
         return torch.zeros(()), {}
     tensors: list[Tensor] = []
     parts: list[Part] = []
     params: list[Tensor] = []
-    for param, group in owned:
-        assert param.grad is not None
+    for param, grad, group in owned:
         for part in originals.parts_of(param, group):
-            tensors.append(part.of(param.grad))
+            tensors.append(part.of(grad))
             parts.append(part)
             params.append(param)
     dtype, device = _dtype(owned), tensors[0].device

@@ -151,9 +151,7 @@ class Mars(Optimizer):
 
     def _skip(self, clip: Clip | None) -> Skip:
         told, self._told_norms = self._told_norms, ()
-        norms = [*told]
-        if clip is not None and not any(norm is clip.total_norm for norm in told):
-            norms.append(clip.total_norm)
+        norms = [*told] if clip is None else [*told, clip.total_norm]
         if told or (clip is not None and clip.is_measured and not self.previous_grads):
             return Skip(norms, is_complete=True)
         return Skip([*norms, *norms_to_skip_by(self.param_groups, self.previous_grads, self._originals)])

@@ -124,7 +124,7 @@ def _who_sees_gradients(trainer: Trainer, optimizer: Mars) -> Iterator[str]:
     hooks += [*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()]
     for hook in hooks:
         if not _is_ours(hook):
-            yield f"a hook of step(), {getattr(hook, '__qualname__', type(hook).__name__)},"
+            yield f"the hook {getattr(hook, '__qualname__', type(hook).__name__)} of step()"
     if not _is_ours(trainer._get_grad_norm):
         yield f"{type(trainer).__name__}._get_grad_norm"
 

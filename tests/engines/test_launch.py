@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import psutil
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -182,6 +183,33 @@ def test_a_launch_that_hangs_is_run_again_and_shows_its_stacks(tmp_path):
     with pytest.warns(UserWarning, match=r'(?s)hung.*File "<string>", line 4'):
         codes, _ = run(lambda port: [({}, [sys.executable, "-c", script])], tmp_path, timeout=5)
     assert codes == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "of_rank_1, code",
+    [("os._exit(7)", 7), ("raise ValueError", 1), ("os.kill(os.getpid(), 9)", -9), ("sys.exit(0)", 0)],
+)
+def test_a_forked_launch_ends_as_its_processes_do(tmp_path, of_rank_1, code):
+    """The other rank waits for the one that fails; it is killed."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys\nimport torch.distributed as dist\ndist.init_process_group('gloo')\nrank = dist.get_rank()\n"
+        f"print('rank', rank, sys.argv[1], flush=True)\nif rank == 1: {of_rank_1}\n"
+        + ("import time; time.sleep(300)\n" if code else "")
+    )
+    done = forks.start(2, tmp_path / "script.py", ["argument"], {}, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert "rank 1 argument" in done.stdout and ("ValueError" in done.stderr) == (code == 1)
+
+
+@pytest.mark.slow
+def test_a_forked_launch_that_hangs_is_ended(tmp_path):
+    (tmp_path / "script.py").write_text("print('begins', flush=True)\nimport time; time.sleep(300)")
+    with pytest.raises(subprocess.TimeoutExpired) as hung:
+        forks.start(2, tmp_path / "script.py", [], {}, timeout=10)
+    assert hung.value.stdout == "begins\nbegins\n"
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        forks.start(1, tmp_path / "script.py", [], {"TRITON_INTERPRET": "1"}, timeout=10)
 
 
 def two_nodes(address, port):

@@ -123,7 +123,7 @@ REASONS = {
     "LooksLate.on_optimizer_step may look at clipped gradients": {"callbacks": [LooksLate()]},
     "TrainerCallback.on_pre_optimizer_step may look at clipped gradients": {"callbacks": [an_instance_that_looks()]},
     "Measures._get_grad_norm may look at clipped gradients": {"cls": Measures},
-    "a hook of step(), halve, may look at clipped gradients": {"cls": Hooked},
+    "the hook halve of step() may look at clipped gradients": {"cls": Hooked},
 }
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import make_gradients, make_params, run_steps, tiny_gpt2
 from kernel_helpers import cpu
-from launch_helpers import PYTHONPATH
 from trainer_helpers import make_trainer, optimizer_of, token_blocks, train
 from transformers import Trainer, TrainingArguments
 
@@ -118,8 +117,7 @@ def test_two_processes_show_it_once(stage, tmp_path):
     options = ["--output_dir", str(tmp_path / "out"), "--optim", "mars_adamw", "--max_steps", "1", "--use_cpu"]
     options += ["--report_to", "none", "--save_strategy", "no"]
     options += [] if stage is None else ["--deepspeed", str(tmp_path / "zero.json")]
-    environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": PYTHONPATH}
-    done = forks.start(2, tmp_path / "script.py", options, environment, timeout=240)
+    done = forks.start(2, tmp_path / "script.py", options, {"DS_ACCELERATOR": "cpu"}, timeout=240)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("MarsAdamW (optim")]
     sizes = [p.numel() for p in tiny_gpt2().parameters() if p.dim() > 1]

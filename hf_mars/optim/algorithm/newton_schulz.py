@@ -52,8 +52,8 @@ def orthogonalize_stack(x: Tensor, steps: int) -> Tensor:
     shape, dtype = x.shape, torch.promote_types(x.dtype, torch.float32)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=dtype)
     # Every singular value is at most the Frobenius norm, so this brings them into [0, 1], where the iteration works.
-    # Squares of entries below tiny^(1/2) vanish, so that a smaller norm may be too small for the matrix by the root
-    # of the number of its entries: such matrices end smaller, instead of overflowing.
+    # Squares of entries below tiny^(1/2) vanish: of 10⁸ of them, or fewer, a norm of up to 10⁴ tiny^(1/2) is lost. So
+    # matrices below that norm end smaller, instead of overflowing; zero ones stay zero.
     x.div_(norms.clamp(min=1e4 * torch.finfo(dtype).tiny ** 0.5))
     if _takes_float16(x):  # whose range wants unit norm
         x = x.half()
