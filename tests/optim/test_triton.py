@@ -40,9 +40,12 @@ EXHAUSTIVE = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # on a machine in full use
+@pytest.mark.timeout(1800)  # on a machine in full use
 @pytest.mark.skipif(gpu.is_interpreted(), reason="these tests start the interpreter themselves")
-@pytest.mark.parametrize("files", [EVERY_TIME, pytest.param(EXHAUSTIVE, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "files",
+    [EVERY_TIME, *(pytest.param({file: tests}, marks=pytest.mark.exhaustive) for file, tests in EXHAUSTIVE.items())],
+)
 def test_through_the_interpreter(files):
     """The tests of every other device."""
     chosen = " or ".join(f"({file}.py and ({names or file}))" for file, (names, _) in files.items())
