@@ -24,7 +24,7 @@ PLANS = ROOT / "benchmarks" / "plans"
 RUN_CLM = ROOT / "run_clm.py"
 
 # Of every task. On CPUs with bfloat16 units autocast and eager attention together save a third of the time.
-COMMON = """--use_cpu --bf16 --attn_implementation eager --eval_strategy steps --save_strategy no --logging_steps 10
+COMMON = """--use_cpu --attn_implementation eager --eval_strategy steps --save_strategy no --logging_steps 10
     --report_to none --disable_tqdm true""".split()
 BATCH = ["--per_device_train_batch_size", "16", "--max_eval_samples", "400"]  # 16 × 128 tokens
 NO_DROPOUT = "resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
@@ -100,7 +100,7 @@ def sweep(arguments: argparse.Namespace) -> list[str]:
         *[sys.executable, "-m", "hf_mars.sweep", "--plan", str(plan), "--output_dir", str(folder)],
         *["--jobs", str(arguments.jobs), "--max_extensions", str(arguments.max_extensions)],
         *["--timing_steps", str(arguments.timing_steps), "--"],
-        *[sys.executable, str(RUN_CLM), *text, *model, *COMMON, *task.arguments],
+        *[sys.executable, str(RUN_CLM), *text, *model, *COMMON, *["--bf16"] * arguments.bf16, *task.arguments],
     ]
 
 
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--max_extensions", type=int, default=1, help="how often the grids may grow")
     parser.add_argument("--timing_steps", type=int, default=30, help="steps that time each best setting; 0: none")
+    parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="float32: faster where CPUs lack units")
     parser.add_argument("--keep", type=Path, help="train nothing: write the sweep's results to this file")
     arguments = parser.parse_args()
     if arguments.keep:
