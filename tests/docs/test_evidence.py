@@ -76,9 +76,10 @@ def test_every_task_is_a_plan_and_a_command_that_run_clm_takes(tmp_path):
         (tmp_path / f"{name}_tokenizer" / "tokenizer_config.json").touch()  # or one would be trained
         arguments = argparse.Namespace(
             **{"task": name, "text": None, "model": "model" if task.takes_a_model else None, "plan": None},
-            **{"output_dir": str(folder), "jobs": 1, "max_extensions": 0, "timing_steps": 0},
+            **{"output_dir": str(folder), "jobs": 1, "max_extensions": 0, "timing_steps": 0, "bf16": name != "size"},
         )
         words = module.sweep(arguments)
+        assert ("--bf16" in words) is arguments.bf16
         own, command = words[3 : words.index("--")], words[words.index("--") + 1 :]
         plan = plan_of(parser().parse_args(own), command)
         assert len({len(settings) for settings in plan.optimizers.values()}) == 1
