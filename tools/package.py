@@ -41,9 +41,8 @@ loader = importlib.machinery.ExtensionFileLoader("_cpu", sys.argv[1])
 _cpu = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cpu", loader))
 x, m, v, g, count = (array.array("f", [value]) for value in (1, 0, 0, 1, 0))
 address = lambda *tensors: array.array("q", [tensor.buffer_info()[0] for tensor in tensors])
-norms = array.array("d", [float("nan")])
-finite = _cpu.step(array.array("q", [1]), address(x), address(m), address(v), address(g), None, norms,
-                   address(count), 0.0, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.0, 0.0, 1)
+finite = _cpu.step(array.array("q", [1]), address(x), address(m), address(v), address(g), None, None,
+                   address(count), 0.0, 0.9, 0.99, 1e-8, 0.0, 0.1, 0.0, 1.0, False, 1)
 assert finite == [True] and abs(x[0] - 0.9) < 1e-6 and count[0] == 1, (finite, x, count)
 """
 HOOK = "import sys; sys.exit(0 if 'hf_mars' in sys.modules else 1)"

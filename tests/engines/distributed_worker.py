@@ -17,8 +17,8 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType
 from accelerate_helpers import let_accelerate_shard_on_cpus
 from helpers import METHODS, make
+from meshes import mesh_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -45,15 +45,15 @@ def wrap(engine, model, size):
     if engine.startswith("ddp"):
         return DistributedDataParallel(model, gradient_as_bucket_view=engine == "ddp_bucket_view"), size
     if engine == "fsdp2":
-        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        fully_shard(model, mesh=mesh_of("cpu", (size,)))
     elif engine == "hsdp":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")))
+        fully_shard(model, mesh=mesh_of("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")))
     elif engine == "tensor_parallel":
-        parallelize_module(model, init_device_mesh("cpu", (size,), mesh_dim_names=("tp",)), TENSOR_PARALLEL)
+        parallelize_module(model, mesh_of("cpu", (size,), mesh_dim_names=("tp",)), TENSOR_PARALLEL)
         check_tensor_parallel(model, size)
         return model, 1
     elif engine == "fsdp2_tensor_parallel":
-        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("shard", "tp"))
+        mesh = mesh_of("cpu", (2, size // 2), mesh_dim_names=("shard", "tp"))
         parallelize_module(model, mesh["tp"], TENSOR_PARALLEL)
         fully_shard(model, mesh=mesh["shard"])
         assert all(isinstance(p, DTensor) and "shard" in p.device_mesh.mesh_dim_names for p in model.parameters())

@@ -12,8 +12,8 @@ import sys
 
 import torch
 import torch.distributed as dist
+from meshes import mesh_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -40,7 +40,7 @@ def make_model(engine):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(SIDES)))
     shape, names = ((2, dist.get_world_size() // 2), ("replicate", "shard")) if engine == "hsdp" else (None, None)
-    fully_shard(model, mesh=init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=names))
+    fully_shard(model, mesh=mesh_of("cpu", shape or (dist.get_world_size(),), mesh_dim_names=names))
     return model
 
 

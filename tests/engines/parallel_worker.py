@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import ParallelismConfig
 from accelerate_helpers import let_accelerate_shard_on_cpus
+from meshes import share_meshes
 from parallel_models import load
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -50,6 +51,7 @@ def main(folder):
     torch.set_num_threads(1)
     let_accelerate_shard_on_cpus()
     torch.Tensor.pin_memory = lambda tensor, *args, **kwargs: tensor  # needs an accelerator
+    share_meshes()
     dist.init_process_group("gloo")
     results = {}
     for run in json.loads((folder / "plan.json").read_text()):

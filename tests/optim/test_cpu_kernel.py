@@ -1,5 +1,10 @@
 """What the compiled step on CPUs (_cpu.c) alone is asked; what GPUs' kernels are asked too is in test_kernels.py."""
 
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import make, make_gradients, make_params, run_steps
@@ -18,6 +23,11 @@ def execution():
 def test_it_is_built():
     """Here, where the tests run; elsewhere a step without it is slower and as right."""
     assert cpu.is_compiled()
+
+
+def test_make_package_knows_how_to_call_it():
+    step = runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "package.py"))["STEP"]
+    subprocess.run([sys.executable, "-c", step, cpu._cpu.__file__], check=True)
 
 
 # ---- what the clip needs to read: where ‖g_t‖ and the known ‖g_{t−1}‖ bound ‖c_t‖ well below max_norm, g_t alone ----
