@@ -194,7 +194,7 @@ def test_a_forked_launch_ends_as_its_processes_do(tmp_path, of_rank_1, code):
     """The other rank waits for the one that fails; it is killed."""
     (tmp_path / "script.py").write_text(
         "import os, sys\nimport torch.distributed as dist\ndist.init_process_group('gloo')\nrank = dist.get_rank()\n"
-        f"print('rank', rank, sys.argv[1], flush=True)\nif rank == 1: {of_rank_1}\n"
+        f"print('rank %d %s' % (rank, sys.argv[1]), flush=True)\nif rank == 1: {of_rank_1}\n"
         + ("import time; time.sleep(300)\n" if code else "")
     )
     done = forks.start(2, tmp_path / "script.py", ["argument"], {}, timeout=60)
