@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import fields
@@ -42,7 +43,7 @@ def check_words(argv: list[str]) -> None:
         if names and not _is_known(name, names):
             raise unknown_argument(name, value, names)
     optim = given.get("optim")
-    if optim is not None and optim.startswith("mars") and optim not in VARIANTS:
+    if optim is not None and "mars" in optim.lower() and optim not in VARIANTS:
         raise UsageError(f"--optim {optim}: {nearest_optimizer(optim)}")
     if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(f"--deepspeed {given['deepspeed']}: needs the package deepspeed: pip install deepspeed")
@@ -52,8 +53,21 @@ def check_words(argv: list[str]) -> None:
             f"--deepspeed {given['deepspeed']}: needs a launcher, for one process too: torchrun --nproc_per_node 1, "
             "accelerate launch or deepspeed"
         )
+    _check_deepspeed_file(given.get("deepspeed"))
     if os.environ.get("WORLD_SIZE", "1") == "1":  # nodes may see different disks: `run.find_start` asks all of them
         _check_files(given)
+
+
+def _check_deepspeed_file(value: str | None) -> None:
+    """DeepSpeed takes base64, too, and its errors do not name the argument."""
+    if not value or not (value.endswith(".json") or os.path.exists(value)):
+        return
+    try:
+        json.loads(Path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--deepspeed {value}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--deepspeed {value}: is not valid JSON: {error}") from error
 
 
 def _check_files(given: dict[str, str | None]) -> None:

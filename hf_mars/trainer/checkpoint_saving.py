@@ -184,6 +184,13 @@ def check_run(folder: Path, args: TrainingArguments) -> None:
             f"{folder}: the checkpoint was saved under ZeRO stage {saved_stage}, but this run has stage {stage}, "
             f"whose files are others: go on under stage {saved_stage}, or start a new run from its weights"
         )
+    processes = manifest.get("world_size")
+    if saved_stage and processes not in (None, args.world_size):
+        raise ResumeError(
+            f"{folder}: the checkpoint was saved by {processes} processes under ZeRO, but this run has "
+            f"{args.world_size}, and DeepSpeed does not share their slices out anew: go on with {processes}, or start "
+            "a new run from its weights"
+        )
 
 
 def newest_whole(output_dir: Path, argument: str) -> Path:

@@ -61,5 +61,5 @@ def nearest_optimizer(name: str) -> str:
     """In words, that a name is no optimizer's, the nearest of MARS's, and all of those."""
     import difflib  # here: every Python that starts with HF_MARS=1 imports this module
 
-    nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(name.lower(), VARIANTS, n=1, cutoff=0.0)[0]
     return f"there is no such optimizer; the nearest is {nearest}. MARS's are {', '.join(VARIANTS)}"

@@ -78,7 +78,7 @@ def _with_checks(post_init: Callable[..., None]) -> Callable[..., None]:
             if isinstance(self.optim_args, Mapping):
                 self.optim_args = text_of(self.optim_args)
             hyperparameters(self)
-        elif name.startswith("mars"):
+        elif "mars" in name.lower():
             raise ValueError(f"optim={name!r}: {nearest_optimizer(name)}")
         elif self.optim_args:
             _check_not_ignored(self)

@@ -52,6 +52,8 @@ REFUSED = {
     "--optim_args gamma=abc": "gamma='abc'",
     "--learning_rat_ 1": "unknown argument --learning_rat_; the nearest valid one is --learning_rate",
     "--optim mars_adam": "--optim mars_adam: .*nearest is mars_adamw. MARS's are mars_adamw, mars_lion,",
+    "--optim MARS_M": "--optim MARS_M: .*nearest is mars_m. ",
+    "--optim muon_mars": "--optim muon_mars: there is no such optimizer; the nearest is mars_",
     "--gamma 0.1": "unknown argument --gamma; .*--optim_args gamma=0.1$",
     "--gamm 0.1": "unknown argument --gamm; the nearest valid one is --optim_args gamma=0.1$",
     "--beta1=0.8": "unknown argument --beta1; .*--optim_args beta1=0.8$",
@@ -250,3 +252,9 @@ def test_deepspeed_needs_a_launcher_and_a_configuration_that_agrees(tmp_path, mo
     with pytest.raises(UsageError, match=r"\(ds gradient_clipping=0.5 vs hf max_grad_norm=1.0\); make them equal"):
         check_arguments(*parse(*words))
     check_arguments(*parse(*words, "--max_grad_norm", 0.5))
+    path.write_text("{'zero_optimization'")
+    with pytest.raises(UsageError, match=r"--deepspeed .*zero\.json: is not valid JSON: Expecting property name"):
+        parse(*words)
+    path.unlink()
+    with pytest.raises(UsageError, match=r"--deepspeed .*zero\.json: No such file"):
+        parse(*words)

@@ -228,3 +228,18 @@ def test_a_checkpoint_of_another_stage_is_refused(saved, stage, words, make_argu
     del manifest["zero_stage"]
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     check_run(tmp_path, args)  # a manifest of before
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("stage, processes, is_refused", [(2, 4, True), (3, 4, True), (0, 4, False), (2, 1, False)])
+def test_a_zero_checkpoint_of_other_processes_is_refused(stage, processes, is_refused, make_arguments, tmp_path):
+    """DeepSpeed has a traceback for it. Without ZeRO every process has everything."""
+    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage}}
+    args = make_arguments(deepspeed=config, optim="mars_m")
+    manifest = {"optimizer": "mars_m", "engine": "DEEPSPEED", "zero_stage": stage, "world_size": processes}
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "format": MANIFEST_FORMAT, "files": {}}))
+    if is_refused:
+        with pytest.raises(ResumeError, match="saved by 4 processes under ZeRO, but this run has 1, "):
+            check_run(tmp_path, args)
+    else:
+        check_run(tmp_path, args)

@@ -234,6 +234,8 @@ def test_options_may_be_a_mapping(tmp_path):
 def test_a_name_that_is_none_has_a_nearest(cls, tmp_path):
     with pytest.raises(ValueError, match="optim='mars_adam': there is no such optimizer; the nearest is mars_adamw"):
         cls(str(tmp_path), optim="mars_adam")
+    with pytest.raises(ValueError, match="optim='MARS_M': there is no such optimizer; the nearest is mars_m"):
+        cls(str(tmp_path), optim="MARS_M")
 
 
 def test_options_of_mars_beside_another_optimizer(tmp_path, caplog):
