@@ -1,8 +1,7 @@
 #!/bin/bash
 # run_clm.py on all GPUs of a SLURM allocation; the arguments of this script are those of run_clm.py:
 #   sbatch docs/launch/slurm.sh --optim mars_adamw --learning_rate 3e-3 --output_dir out …
-# CONFIG names another file of this folder (DeepSpeed's want --optim_args max_norm=none), GPUS the GPUs of a node. Submit
-# it from the folder that holds run_clm.py.
+# CONFIG names another file of this folder, GPUS the GPUs of a node. Submit it from the folder that holds run_clm.py.
 #SBATCH --job-name=mars
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

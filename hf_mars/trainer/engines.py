@@ -139,4 +139,4 @@ def _keep_optimizer(name: str, config: dict[str, Any], device: str) -> None:
         )
     if key not in config:
         config[key] = False
-        logger.info(f'DeepSpeed offloads to the CPU: "{key}" is set to false, so that {name} takes the steps there')
+        logger.warning(f'DeepSpeed offloads to the CPU: "{key}" is set to false, so that {name} takes the steps there')
