@@ -71,7 +71,7 @@ TASKS = {
     "long": from_scratch("long", 4000, 500),
     "batch": from_scratch("long", 250, 50, "--gradient_accumulation_steps", "16"),
     # About 10M parameters with the tokenizer of 2,048 tokens.
-    "size": from_scratch("long", 400, 100, size="n_layer=6,n_embd=384,n_head=6,n_positions=128,"),
+    "size": from_scratch("size", 400, 100, size="n_layer=6,n_embd=384,n_head=6,n_positions=128,"),
     "finetune": tuned("finetune"),
     "lora": tuned("lora", "--lora_r", "16"),
     "finetune_real": tuned_shortly("finetune_real"),
