@@ -100,7 +100,10 @@ SHAMPOO_OPTIONS = {
 _WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "sgd")
 
 # Keys that people try here, and the TrainingArguments that have them.
-_ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    **{field: field for field in ("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2")},
+}
 
 
 def optimizer_class(name: str) -> type[Mars]:
@@ -126,7 +129,7 @@ def parse_optim_args(optim_args: str | None, name: str) -> dict[str, Any]:
 
     Raises:
         ValueError: an entry is not key=value, a key is unknown or given twice, or a value is malformed or out of
-            range. The message names the key, the value, what is allowed and the nearest valid key.
+            range. The message names the key, the value, what is allowed and, of a key, the nearest valid one.
     """
     options = options_of(name)
     parsed: dict[str, Any] = {}
@@ -153,19 +156,34 @@ def parse_optim_args(optim_args: str | None, name: str) -> dict[str, Any]:
             if not is_allowed(value):
                 raise ValueError(text)
         except (ValueError, KeyError):
-            raise ValueError(f"optim_args: {key}={text!r} is not valid; {key} must be {allowed}") from None
+            raise ValueError(
+                f"optim_args: {key}={text!r} is not valid; {key} must be {allowed}{_missing_commas(key, text)}"
+            ) from None
         parsed[key] = value
     return parsed
 
 
 def _unknown_key(key: str, text: str, name: str, options: Mapping[str, Option]) -> str:
-    nearest = difflib.get_close_matches(key, options, n=1, cutoff=0.0)[0]
-    message = f"optim_args: {key!r} (value {text!r}) is not an option of {name}; the nearest valid one is {nearest!r}"
+    message = f"optim_args: {key!r} (value {text!r}) is not an option of {name}"
+    others = [other for other in VARIANTS if key in options_of(other)]
     if key in _ELSEWHERE:
         message += f"; set it with TrainingArguments' {_ELSEWHERE[key]} (--{_ELSEWHERE[key]})"
+    elif key == "betas":
+        message += "; write beta1=…,beta2=…"
     elif key in VARIANTS[name].fixed:
         message += f"; {name} stands for {key}={VARIANTS[name].fixed[key]}, use mars_shampoo to choose it"
-    return f"{message}. Valid: {', '.join(options)}"
+    elif others:
+        message += f"; {' and '.join(others)} {'have' if len(others) > 1 else 'has'} it"
+    elif nearest := difflib.get_close_matches(key.lower(), options, n=1):
+        message += f"; the nearest valid one is {nearest[0]!r}"
+    return f"{message}{_missing_commas(key, text)}. Valid: {', '.join(options)}"
+
+
+def _missing_commas(key: str, text: str) -> str:
+    """How to write entries that something else than commas separates; "" where there is one alone."""
+    if "=" not in text:
+        return ""
+    return f"; commas separate entries: {','.join(f'{key}={text}'.replace(';', ' ').split())}"
 
 
 def ignored_option(args: TrainingArguments) -> str | None:

@@ -60,8 +60,11 @@ BAD = [
     ("max_norm=0", ["max_norm", "'0'", "> 0", "none"]),
     ("max_norm=inf", ["max_norm", "'inf'"]),
     ("beta1=1", ["beta1", "[0, 1)"]),
-    ("betas=(0.9,0.95)", ["'betas'", "'beta"]),
-    ("a=b=c", ["'a'", "'b=c'", "nearest"]),
+    ("betas=(0.9,0.95)", ["'betas'", "write beta1=…,beta2=…"]),
+    ("a=b=c", ["'a'", "'b=c'", "Valid: gamma"]),
+    ("gamma=0.1 max_norm=1", ["gamma='0.1 max_norm=1'", "commas separate entries: gamma=0.1,max_norm=1"]),
+    ("gamma=0.1;max_norm=1", ["commas separate entries: gamma=0.1,max_norm=1"]),
+    ("gamm=0.1 max_norm=1", ["'gamm'", "commas separate entries: gamm=0.1,max_norm=1"]),
     ("gamma", ["'gamma'", "gamma=<"]),
     ("gamma=0.1,", ["gamma=0.1,", "empty"]),
     (",", ["empty"]),
@@ -69,7 +72,9 @@ BAD = [
     ("exact=maybe", ["exact", "'maybe'", "true or false"]),
     ("lr=1e-3", ["'lr'", "--learning_rate"]),
     ("weight_decay=0.1", ["--weight_decay"]),
-    ("ns_steps=5", ["'ns_steps'", "mars_adamw"]),
+    ("max_grad_norm=1", ["--max_grad_norm"]),
+    ("adam_beta1=0.9", ["--adam_beta1"]),
+    ("ns_steps=5", ["'ns_steps'", "not an option of mars_adamw; mars_shampoo and mars_m have it"]),
     ("Gamma=0.1", ["'Gamma'", "'gamma'"]),
 ]
 
@@ -85,6 +90,14 @@ def test_mistakes_are_named_when_arguments_are_made(text, words, tmp_path):
 def test_mistakes_in_shampoos_options(text):
     with pytest.raises(ValueError, match=text.split("=")[0]):
         parse_optim_args(text, "mars_shampoo")
+
+
+def test_a_far_key_gets_no_guess():
+    with pytest.raises(ValueError, match="not an option of mars_lion. Valid: gamma") as error:
+        parse_optim_args("momentum=0.9", "mars_lion")
+    assert "nearest" not in str(error.value)
+    with pytest.raises(ValueError, match="not an option of mars_lion; mars_adamw and mars_shampoo have it"):
+        parse_optim_args("adjust_lr_fn=original", "mars_lion")
 
 
 def test_mars_m_stands_for_its_scale():
