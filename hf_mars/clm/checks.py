@@ -68,12 +68,9 @@ def _check_training(training_args: MarsTrainingArguments) -> None:
         value = getattr(training_args, name)
         if value is not None and not (math.isfinite(value) and is_allowed(value)):  # eval_steps may be None
             raise UsageError(f"--{name} {value}: must be {allowed}")
-    if mismatches := getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", None):
-        pairs = "; ".join(line.removeprefix("- ") for line in mismatches)
-        raise UsageError(
-            f"--deepspeed {training_args.deepspeed}: does not agree with the other arguments ({pairs}); make them "
-            'equal, or write "auto" there'
-        )
+    if training_args.fp16 and training_args.device.type == "cpu":
+        raise UsageError("--fp16 true: needs a GPU; on CPUs give --bf16, or nothing for float32")
+    _check_deepspeed(training_args)
     if training_args.eval_on_start and not training_args.do_eval:
         raise UsageError("--eval_on_start true: needs evaluation; give --do_eval too")
     if training_args.resume_from_checkpoint == "":
@@ -81,6 +78,36 @@ def _check_training(training_args: MarsTrainingArguments) -> None:
             "--resume_from_checkpoint '': is empty; allowed: true, auto, false or the path of a checkpoint"
         )
     _check_schedule(training_args)
+
+
+def _check_deepspeed(training_args: MarsTrainingArguments) -> None:
+    plugin = training_args.deepspeed_plugin
+    if training_args.save_only_model and training_args.load_best_model_at_end:
+        if plugin is not None or training_args.fsdp_plugin_args is not None:
+            engine = "FSDP" if plugin is None else "DeepSpeed"
+            raise UsageError(
+                f"--save_only_model true --load_best_model_at_end true: do not work together under {engine}, which "
+                "loads a model from a whole checkpoint; drop one of the two"
+            )
+    if plugin is None:
+        return
+    check_deepspeed_agrees(training_args)
+    if not training_args.do_train and plugin.zero_stage != 3:
+        raise UsageError(
+            f"--do_eval --deepspeed {training_args.deepspeed}: DeepSpeed evaluates alone under ZeRO stage 3, not "
+            f"{plugin.zero_stage}; leave --deepspeed out"
+        )
+
+
+def check_deepspeed_agrees(training_args: MarsTrainingArguments) -> None:
+    """Raise UsageError where DeepSpeed's file has other values than the arguments, as far as transformers has compared
+    them: those of the schedule when training starts, all others when TrainingArguments are made."""
+    if mismatches := getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", None):
+        pairs = "; ".join(line.removeprefix("- ") for line in mismatches)
+        raise UsageError(
+            f"--deepspeed {training_args.deepspeed}: does not agree with the other arguments ({pairs}); make them "
+            'equal, or write "auto" there'
+        )
 
 
 def _check_schedule(training_args: MarsTrainingArguments) -> None:

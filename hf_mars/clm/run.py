@@ -21,7 +21,7 @@ from hf_mars.trainer.skipping import NotFiniteError
 from .adapters import find_base_model
 from .arguments import DEFAULT_VOCAB_SIZE
 from .blocks import TokenBlocks, TokenStream, collate_blocks
-from .checks import check_arguments, set_accumulation
+from .checks import check_arguments, check_deepspeed_agrees, set_accumulation
 from .command_line import Arguments, parse_arguments
 from .errors import UsageError
 from .log import logger
@@ -207,7 +207,11 @@ def train_and_evaluate(
     """Train and save if there are blocks for it, then evaluate if there are; the metrics of both."""
     results: dict[str, float] = {}
     if train_blocks is not None:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        try:
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        except ValueError:
+            check_deepspeed_agrees(trainer.args)
+            raise
         trainer.save_model()
         if not trainer.is_finished:
             if isinstance(train_blocks, TokenBlocks):  # a stream has no length

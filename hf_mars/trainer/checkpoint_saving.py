@@ -169,7 +169,10 @@ def check_run(folder: Path, args: TrainingArguments) -> None:
         raise CheckpointError(f"{folder / checkpoints.MANIFEST}: {error}") from error
     saved, own = manifest.get("optimizer"), optim_name(args)
     if saved in VARIANTS and saved != own:
-        raise ResumeError(f"{folder}: {checkpoints.other_meaning('optim', saved, own, own)}")
+        raise ResumeError(
+            f"{folder}: the checkpoint was saved with optim={saved!r}, but this run has optim={own!r}, whose state is "
+            f"another: go on with {saved}, or start a new run from its weights"
+        )
     engine, deepspeed = manifest.get("engine"), DistributedType.DEEPSPEED.value
     if engine is not None and (engine == deepspeed) != (args.deepspeed_plugin is not None):
         with_or_without = "with" if engine == deepspeed else "without"

@@ -109,14 +109,16 @@ def _check_deepspeed(name: str, config: dict[str, Any], exact: bool) -> None:
 
 def _check_offload(name: str, config: dict[str, Any], zero: dict[str, Any]) -> None:
     """What DeepSpeed may move to CPUs and disks."""
-    settings = {key: zero.get(key) or {} for key in ("offload_optimizer", "offload_param")}
-    for key, offload in settings.items():
-        if offload.get("device") == "nvme":
-            raise ValueError(
-                f"{name} does not work with DeepSpeed's {key} to NVMe, which swaps the states of DeepSpeed's own "
-                'optimizers only; use "device": "cpu"'
-            )
-    offload = settings["offload_optimizer"]
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise ValueError(
+            f'{name} is not tested with DeepSpeed\'s offload_param to NVMe, and thus refused; use "device": "cpu"'
+        )
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device") == "nvme":
+        raise ValueError(
+            f"{name} does not work with DeepSpeed's offload_optimizer to NVMe, which swaps the states of DeepSpeed's "
+            'own optimizers only; use "device": "cpu"'
+        )
     device = offload.get("device") or "none"
     if device == "none":
         return

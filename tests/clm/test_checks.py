@@ -2,7 +2,9 @@
 
 import json
 import re
+from contextlib import nullcontext
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from clm_helpers import QUIET, parse, run_main, write_documents, write_token_bin
@@ -13,7 +15,7 @@ from hf_mars.clm.checks import check_arguments, set_accumulation
 from hf_mars.clm.errors import UsageError
 from hf_mars.clm.model import count_parameters, load_config
 from hf_mars.clm.processes import check_all_are_seen
-from hf_mars.clm.run import main
+from hf_mars.clm.run import main, train_and_evaluate
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,7 @@ REFUSED = {
     "--beta1=0.8": "unknown argument --beta1; .*--optim_args beta1=0.8$",
     "--optim_args gamma:0.1": "'gamma:0.1' is not key=value; write gamma=0.1$",
     "--optim_args exact=true --fp16": "exact=true does not work with fp16=True",
+    "--fp16": r"--fp16 true: needs a GPU.*--bf16",
     "--optim adamw_torch --optim_args gamma=0.1": "'gamma=0.1' is for MARS, and optim='adamw_torch'",
     "--train_file empty.txt": "--train_file empty.txt: is empty",
     "--validation_file empty.jsonl": "--validation_file empty.jsonl: is empty",
@@ -221,6 +224,16 @@ def test_the_sizes_that_are_printed_are_those_that_are_trained(caplog, monkeypat
     assert "a small GPT-2 from scratch (n_layer=2, n_head=4, n_embd=64, n_positions=32)" in caplog.text
 
 
+BEST = "--load_best_model_at_end --eval_strategy steps --eval_steps 2 --save_steps 2"
+LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def started_by_a_launcher(monkeypatch):
+    """As far as DeepSpeed looks."""
+    for name, value in LAUNCHER.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_parameters_are_counted_under_zero_3():
     """There transformers shards what it makes, which a model without memory cannot be."""
@@ -242,13 +255,11 @@ def test_deepspeed_needs_a_launcher_and_a_configuration_that_agrees(tmp_path, mo
     config = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}
     path.write_text(json.dumps(config))
     words = ["--output_dir", tmp_path / "out", "--deepspeed", path, "--use_cpu"]
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name in launcher:
+    for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match=r"zero\.json: needs a launcher, for one process too: torchrun"):
         parse(*words)
-    for name, value in launcher.items():
-        monkeypatch.setenv(name, value)
+    started_by_a_launcher(monkeypatch)
     with pytest.raises(UsageError, match=r"\(ds gradient_clipping=0.5 vs hf max_grad_norm=1.0\); make them equal"):
         check_arguments(*parse(*words))
     check_arguments(*parse(*words, "--max_grad_norm", 0.5))
@@ -258,3 +269,41 @@ def test_deepspeed_needs_a_launcher_and_a_configuration_that_agrees(tmp_path, mo
     path.unlink()
     with pytest.raises(UsageError, match=r"--deepspeed .*zero\.json: No such file"):
         parse(*words)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize(
+    ("stage", "options", "words"),
+    [
+        (2, "--do_eval", r"zero\.json: DeepSpeed evaluates alone under ZeRO stage 3, not 2; leave --deepspeed out"),
+        (3, "--do_eval", None),
+        (2, f"--save_only_model {BEST}", r"--save_only_model true --load_best_model_at_end true: .* DeepSpeed"),
+        (2, BEST, None),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_said_before_anything_is_loaded(stage, options, words, tmp_path, monkeypatch):
+    """transformers has a traceback for each."""
+    started_by_a_launcher(monkeypatch)
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": stage}}))
+    arguments = parse("--output_dir", tmp_path / "out", "--deepspeed", path, "--use_cpu", *options.split())
+    with pytest.raises(UsageError, match=words) if words else nullcontext():
+        check_arguments(*arguments)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_a_schedule_of_deepspeeds_file_has_the_arguments_warmup(tmp_path, monkeypatch):
+    """The number of steps is known when training starts; transformers compares it then, with a traceback."""
+    started_by_a_launcher(monkeypatch)
+    schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 7, "warmup_num_steps": "auto"}}
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "scheduler": schedule, "zero_optimization": {}}))
+    *_, args = parse("--output_dir", tmp_path / "out", "--deepspeed", path, "--use_cpu", "--max_steps", 5)
+
+    def train(resume_from_checkpoint):
+        args.hf_deepspeed_config.trainer_config_finalize(args, None, args.max_steps)
+
+    trainer = SimpleNamespace(args=args, train=train)
+    words = r"zero\.json: .*\(ds scheduler.params.total_num_steps=7 vs hf num_training_steps \(calculated\)=5\)"
+    with pytest.raises(UsageError, match=words):
+        train_and_evaluate(trainer, None, [], None)

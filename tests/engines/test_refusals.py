@@ -174,6 +174,17 @@ REFUSED = {
         "deepspeed": {**ZERO_2, **offloading("cpu", zero_force_ds_cpu_optimizer=True)},
     },
     "DeepSpeed, offload to NVMe": {"optim": "mars_lion", "deepspeed": {**ZERO_2, **offloading("nvme")}},
+    "DeepSpeed, parameters offloaded to NVMe": {
+        "optim": "mars_lion",
+        "deepspeed": {**ZERO_2, "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+    },
+    "DeepSpeed, SuperOffload": {
+        "optim": "mars_lion",
+        "deepspeed": {
+            **ZERO_2,
+            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
+        },
+    },
     "DeepSpeed, tensor parallelism": {
         "optim": "mars_m",
         "deepspeed": {**ZERO_2, "tensor_parallel": {"autotp_size": 2}},
@@ -203,11 +214,9 @@ def test_the_documented_errors_are_the_printed_ones(asked_for, make_arguments, m
         monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     if asked_for == "Megatron-LM":
         monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
-    document = (ROOT / "docs" / "distributed.md").read_text()
-    (documented,) = re.findall(rf"^\| {asked_for} \| `(.*)` \|$", document, re.MULTILINE)
     with pytest.raises(ValueError) as error:
         make_arguments(**REFUSED[asked_for])
-    assert str(error.value) == documented
+    assert str(error.value) == documented(asked_for)
 
 
 @NEEDS_DEEPSPEED
@@ -242,3 +251,35 @@ def test_a_zero_checkpoint_of_other_processes_is_refused(stage, processes, is_re
             check_run(tmp_path, args)
     else:
         check_run(tmp_path, args)
+
+
+def documented(asked_for):
+    document = (ROOT / "docs" / "distributed.md").read_text()
+    (text,) = re.findall(rf"^\| {re.escape(asked_for)} \| `(.*)` \|$", document, re.MULTILINE)
+    return text
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize(
+    ("asked_for", "manifest", "arguments"),
+    [
+        ("a checkpoint of DeepSpeed, without it", {"engine": "DEEPSPEED", "optimizer": "mars_m"}, {}),
+        ("DeepSpeed, a checkpoint without it", {"engine": "NO", "optimizer": "mars_m"}, {"deepspeed": ZERO_2}),
+        ("a checkpoint of another optimizer", {"engine": "NO", "optimizer": "mars_adamw"}, {}),
+        (
+            "DeepSpeed, another stage's checkpoint",
+            {"engine": "DEEPSPEED", "zero_stage": 2},
+            {"deepspeed": {**ZERO_2, "zero_optimization": {"stage": 3}}},
+        ),
+    ],
+)
+def test_the_documented_errors_of_checkpoints_are_the_printed_ones(
+    asked_for, manifest, arguments, make_arguments, tmp_path
+):
+    args = make_arguments(optim="mars_m", **arguments)
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "format": MANIFEST_FORMAT, "files": {}}))
+    with pytest.raises(ResumeError) as error:
+        check_run(folder, args)
+    assert str(error.value).replace(str(tmp_path), "out") == documented(asked_for)

@@ -93,7 +93,7 @@ def test_mistakes_in_shampoos_options(text):
 
 
 def test_a_far_key_gets_no_guess():
-    with pytest.raises(ValueError, match="not an option of mars_lion. Valid: gamma") as error:
+    with pytest.raises(ValueError, match=r"not an option of mars_lion\. Valid: gamma") as error:
         parse_optim_args("momentum=0.9", "mars_lion")
     assert "nearest" not in str(error.value)
     with pytest.raises(ValueError, match="not an option of mars_lion; mars_adamw and mars_shampoo have it"):
