@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from transformers import SchedulerType, get_scheduler
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_mars import MarsTrainingArguments
@@ -99,7 +99,7 @@ def _check_deepspeed(training_args: MarsTrainingArguments) -> None:
         )
 
 
-def check_deepspeed_agrees(training_args: MarsTrainingArguments) -> None:
+def check_deepspeed_agrees(training_args: TrainingArguments) -> None:
     """Raise UsageError where DeepSpeed's file has other values than the arguments, as far as transformers has compared
     them: those of the schedule when training starts, all others when TrainingArguments are made."""
     if mismatches := getattr(getattr(training_args, "hf_deepspeed_config", None), "mismatches", None):
