@@ -236,19 +236,26 @@ def step(batches: list[Batch], measured: list[Launch], last_norms: LastNorms, sk
 
 def _launches_of(kernels: Kernels, batches: list[Batch], last_norms: LastNorms) -> list[Launch]:
     """Those that update `batches`: those of equal settings together. Takes the known ‖g_{t−1}‖ of them."""
-    together: dict[tuple, list[Batch]] = {}
-    for batch in batches:
-        together.setdefault(_key(batch, batch.plan or plan_of(batch)), []).append(batch)
+    plans = [batch.plan or plan_of(batch) for batch in batches]
     launches = []
-    for some in together.values():
-        plans = tuple(batch.plan for batch in some)
+    for some in _together(batches, plans):
+        their_plans = tuple(batch.plan for batch in some)
         device = some[0].params[0].device
         kind = MatrixLaunch if some[0].group["update"] == "shampoo" else Launch
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        for table in tables_of(plans, stream, device):
-            operands = operands_of(table, some[0], plans[0])
+        for table in tables_of(their_plans, stream, device):
+            operands = operands_of(table, some[0], their_plans[0])
             launches.append(kind(kernels, some, operands, last_norms, stream))
     return launches
+
+
+def _together(batches: list[Batch], plans: list[Plan]) -> Iterable[list[Batch]]:
+    if len(batches) == 1:
+        return [batches]
+    together: dict[tuple, list[Batch]] = {}
+    for batch, plan in zip(batches, plans, strict=True):
+        together.setdefault(_key(batch, plan), []).append(batch)
+    return together.values()
 
 
 def _key(batch: Batch, plan: Plan) -> tuple:
