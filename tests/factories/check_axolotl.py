@@ -1,7 +1,12 @@
 """axolotl's command, as it is typed: `make factories` runs this in an environment with axolotl."""
 
+import re
+import sys
+
 import pytest
+import yaml
 from factory_helpers import assert_mars_trained, run, write_example
+from launch_helpers import ROOT
 from model_files import write_chats, write_model
 
 
@@ -21,3 +26,17 @@ def folder(tmp_path):
 def test_with_the_plugin(folder):
     run("axolotl", "train", "axolotl.yaml", folder=folder, AXOLOTL_DO_NOT_TRACK="1")
     assert_mars_trained(folder / "out", 0.05)
+
+
+def test_the_section_of_fsdp2_is_accepted(folder):
+    """Training with it asks for GPUs."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ecosystem.md").read_text(), re.DOTALL)
+    (section,) = [yaml.safe_load(block) for block in blocks if "fsdp_config" in block]
+    settings = yaml.safe_load((folder / "axolotl.yaml").read_text())
+    (folder / "fsdp.yaml").write_text(yaml.safe_dump({**settings, **section}))
+    code = (
+        "from axolotl.cli.config import load_cfg; c = load_cfg('fsdp.yaml'); print(c.optimizer, c.fsdp_version, "
+        "c.fsdp_config.transformer_layer_cls_to_wrap)"
+    )
+    printed = run(sys.executable, "-c", code, folder=folder, AXOLOTL_DO_NOT_TRACK="1")
+    assert "mars_adamw 2 LlamaDecoderLayer" in printed
