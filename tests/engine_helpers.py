@@ -4,7 +4,6 @@ Starting Python costs more than training, so that all runs of an engine share on
 """
 
 import json
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -65,7 +64,6 @@ ZERO = {
     "stage 2 offload": {"zero_optimization": OFFLOAD},
 }
 STATE_DICTS = ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
-NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
 def of_engine(engine, processes, state_dict="FULL_STATE_DICT", zero=None):

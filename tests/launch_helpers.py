@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import forks
 import psutil
+import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 # A script that is started has its own folder on its path; hf_mars, run_clm and what tests share lie in these.
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, TESTS)))
+
+NEEDS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
 def start(processes, script, *arguments, timeout=240, **environment):

@@ -3,11 +3,11 @@
 import json
 import re
 from contextlib import nullcontext
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 from clm_helpers import QUIET, parse, run_main, write_documents, write_token_bin
+from launch_helpers import NEEDS_DEEPSPEED
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -234,7 +234,7 @@ def started_by_a_launcher(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@NEEDS_DEEPSPEED
 def test_parameters_are_counted_under_zero_3():
     """There transformers shards what it makes, which a model without memory cannot be."""
     from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
@@ -248,7 +248,7 @@ def test_parameters_are_counted_under_zero_3():
     assert is_deepspeed_zero3_enabled()
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@NEEDS_DEEPSPEED
 def test_deepspeed_needs_a_launcher_and_a_configuration_that_agrees(tmp_path, monkeypatch):
     """Else it looks for MPI, or the Trainer breaks off when the model is made."""
     path = tmp_path / "zero.json"
@@ -271,7 +271,7 @@ def test_deepspeed_needs_a_launcher_and_a_configuration_that_agrees(tmp_path, mo
         parse(*words)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@NEEDS_DEEPSPEED
 @pytest.mark.parametrize(
     ("stage", "options", "words"),
     [
@@ -291,7 +291,7 @@ def test_what_deepspeed_cannot_do_is_said_before_anything_is_loaded(stage, optio
         check_arguments(*arguments)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@NEEDS_DEEPSPEED
 def test_a_schedule_of_deepspeeds_file_has_the_arguments_warmup(tmp_path, monkeypatch):
     """The number of steps is known when training starts; transformers compares it then, with a traceback."""
     started_by_a_launcher(monkeypatch)

@@ -4,8 +4,9 @@ import math
 import statistics
 
 import pytest
-from engine_helpers import DEEPSPEED, NEEDS_DEEPSPEED, ZERO, of_engine
+from engine_helpers import DEEPSPEED, ZERO, of_engine
 from helpers import NAMES
+from launch_helpers import NEEDS_DEEPSPEED
 from trainer_helpers import losses, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(1200)]

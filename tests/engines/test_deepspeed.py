@@ -3,7 +3,6 @@
 import pytest
 from engine_helpers import (
     APPROX,
-    NEEDS_DEEPSPEED,
     ZERO,
     a_run,
     asked,
@@ -13,7 +12,7 @@ from engine_helpers import (
     finished,
     resumed,
 )
-from launch_helpers import start
+from launch_helpers import NEEDS_DEEPSPEED, start
 
 # One fixture starts up to four launches, each with a timeout of its own.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

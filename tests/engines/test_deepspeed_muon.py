@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from engine_helpers import NEEDS_DEEPSPEED
+from launch_helpers import NEEDS_DEEPSPEED
 
 from hf_mars import MarsShampoo
 

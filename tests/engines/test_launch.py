@@ -16,8 +16,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from clm_helpers import QUIET, log_history, run_clm, run_main
-from engine_helpers import NEEDS_DEEPSPEED
-from launch_helpers import ROOT, TESTS, run, run_together
+from launch_helpers import NEEDS_DEEPSPEED, ROOT, TESTS, run, run_together
 from nodes_worker import BLOCKS
 
 pytestmark = pytest.mark.timeout(600)  # a test may set up two runs, each with a timeout of its own

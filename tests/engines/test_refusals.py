@@ -5,9 +5,8 @@ import logging
 import re
 
 import pytest
-from engine_helpers import NEEDS_DEEPSPEED
 from helpers import tiny_gpt2
-from launch_helpers import ROOT
+from launch_helpers import NEEDS_DEEPSPEED, ROOT
 from transformers import Trainer, TrainingArguments
 
 from hf_mars import MarsTrainer, MarsTrainingArguments

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from engine_helpers import NEEDS_DEEPSPEED
-from launch_helpers import launch
+from launch_helpers import NEEDS_DEEPSPEED, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), NEEDS_DEEPSPEED]
 

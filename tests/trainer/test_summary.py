@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import make_gradients, make_params, run_steps, tiny_gpt2
 from kernel_helpers import cpu
+from launch_helpers import NEEDS_DEEPSPEED
 from trainer_helpers import make_trainer, optimizer_of, token_blocks, train
 from transformers import Trainer, TrainingArguments
 
@@ -102,7 +103,10 @@ def test_the_repr_is_otherwise_torchs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [None, pytest.param(2, marks=pytest.mark.exhaustive), 3])
+@pytest.mark.parametrize(
+    "stage",
+    [None, pytest.param(2, marks=[pytest.mark.exhaustive, NEEDS_DEEPSPEED]), pytest.param(3, marks=NEEDS_DEEPSPEED)],
+)
 def test_two_processes_show_it_once(stage, tmp_path):
     """Whole tensors are counted, whatever an engine has put in their place: with DDP and ZeRO."""
     (tmp_path / "script.py").write_text(
