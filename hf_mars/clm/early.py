@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from hf_mars.trainer.names import OPTIM_ARGS, VARIANTS, nearest_optimizer
+from hf_mars.trainer.names import DEFAULT, OPTIM_ARGS, VARIANTS, nearest_optimizer
+from hf_mars.trainer.optim_args import entries
 
 from .argument_files import values_of_file
 from .arguments import DataTrainingArguments, ModelArguments, RunArguments
@@ -45,6 +46,11 @@ def check_words(argv: list[str]) -> None:
     optim = given.get("optim")
     if optim is not None and "mars" in optim.lower() and optim not in VARIANTS:
         raise UsageError(f"--optim {optim}: {nearest_optimizer(optim)}")
+    if (name := optim or DEFAULT) in VARIANTS:
+        try:
+            entries(given.get("optim_args"), name)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(f"--deepspeed {given['deepspeed']}: needs the package deepspeed: pip install deepspeed")
     is_launched = _OF_A_LAUNCHER <= os.environ.keys() or importlib.util.find_spec("mpi4py") is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .defaults import mars_default, transformers_default
-from .names import mars_name
+from .names import DEFAULT, mars_name
 
 MARS_BETAS = dict(zip(("adam_beta1", "adam_beta2"), mars_default("betas"), strict=True))
 
@@ -21,7 +21,7 @@ class MarsTrainingArguments(TrainingArguments):
     """
 
     optim: str = field(
-        default="mars_adamw",
+        default=DEFAULT,
         metadata={"help": "The optimizer: mars_adamw, mars_lion, mars_shampoo, mars_m or any other of transformers'."},
     )
     # None until __post_init__ knows the optimizer.

@@ -38,12 +38,30 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
     }
 )
 
-# The keys that optim_args may have, under any name; options.py has their ranges and says which are whose.
-OPTIM_ARGS = (
+# Of MarsTrainingArguments, and thus of run_clm.py.
+DEFAULT = "mars_adamw"
+
+# The keys that optim_args may have; options.py has their ranges. Under every name:
+COMMON_ARGS = (
     *("gamma", "max_norm", "exact", "beta1", "beta2", "eps", "lr_1d", "beta1_1d", "beta2_1d", "optimize_1d"),
     *("last_grad_dtype", "state_dtype", "kahan_sum", "skip_nonfinite", "foreach", "fused"),
-    *("ns_steps", "adjust_lr_fn", "orthogonalize_embeddings"),
 )
+# By class, besides:
+OWN_ARGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "MarsAdamW": ("adjust_lr_fn",),
+        "MarsLion": (),
+        "MarsShampoo": ("ns_steps", "adjust_lr_fn", "orthogonalize_embeddings"),
+    }
+)
+# Under any name:
+OPTIM_ARGS = tuple(dict.fromkeys((*COMMON_ARGS, *(key for keys in OWN_ARGS.values() for key in keys))))
+
+
+def keys_of(name: str) -> tuple[str, ...]:
+    """The keys that `optim_args` may have under a MARS name."""
+    variant = VARIANTS[name]
+    return tuple(key for key in (*COMMON_ARGS, *OWN_ARGS[variant.class_name]) if key not in variant.fixed)
 
 
 def optim_name(args: TrainingArguments) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,14 +15,15 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .. import optim
-from ..optim import MarsAdamW, MarsShampoo, parameter_roles
+from ..optim import MarsShampoo, parameter_roles
 from ..optim.hyperparameters import RANGES, check_hyperparameters
 from ..optim.kernels.cpu import is_compiled
 from ..optim.mars import Mars
 from .arguments import MARS_BETAS, MarsTrainingArguments
 from .defaults import mars_default, transformers_default
 from .engines import check_engine, check_model
-from .names import OPTIM_ARGS, VARIANTS, optim_name
+from .names import OPTIM_ARGS, VARIANTS, keys_of, optim_name
+from .optim_args import entries, missing_commas
 
 logger = logging.get_logger(__name__)
 
@@ -88,22 +88,13 @@ OPTIONS = {
     "skip_nonfinite": _as_in_optimizer("skip_nonfinite", _bool),
     "foreach": _as_in_optimizer("foreach", _or_none(_bool)),
     "fused": _as_in_optimizer("fused", _or_none(_bool)),
-}
-ADJUST_LR_FN = {"adjust_lr_fn": _as_in_optimizer("adjust_lr_fn", str)}
-SHAMPOO_OPTIONS = {
+    "adjust_lr_fn": _as_in_optimizer("adjust_lr_fn", str),
     "ns_steps": _as_in_optimizer("ns_steps", _or_none(int)),
-    **ADJUST_LR_FN,
     "orthogonalize_embeddings": _as_in_optimizer("orthogonalize_embeddings", _bool),
 }
 
 # transformers' optimizers that read no key of optim_args that MARS has, and drop what they do not read (5.3 to 5.24).
 _WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "sgd")
-
-# Keys that people try here, and the TrainingArguments that have them.
-_ELSEWHERE = {
-    "lr": "learning_rate",
-    **{field: field for field in ("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2")},
-}
 
 
 def optimizer_class(name: str) -> type[Mars]:
@@ -113,8 +104,7 @@ def optimizer_class(name: str) -> type[Mars]:
 
 def options_of(name: str) -> dict[str, Option]:
     """The keys that `optim_args` may have under a MARS name."""
-    own = {MarsAdamW: ADJUST_LR_FN, MarsShampoo: SHAMPOO_OPTIONS}.get(optimizer_class(name), {})
-    return {key: option for key, option in {**OPTIONS, **own}.items() if key not in VARIANTS[name].fixed}
+    return {key: OPTIONS[key] for key in keys_of(name)}
 
 
 def parse_optim_args(optim_args: str | None, name: str) -> dict[str, Any]:
@@ -133,57 +123,20 @@ def parse_optim_args(optim_args: str | None, name: str) -> dict[str, Any]:
     """
     options = options_of(name)
     parsed: dict[str, Any] = {}
-    if not optim_args or not optim_args.strip():
-        return parsed
-    for entry in optim_args.split(","):
-        key, equals, text = (part.strip() for part in entry.partition("="))
-        if not key and not equals:
-            raise ValueError(
-                f"optim_args={optim_args!r} has an empty entry; write key=value, separated by single commas, "
-                f"with keys out of {', '.join(options)}"
-            )
-        if not equals and ":" in key:
-            raise ValueError(f"optim_args: {key!r} is not key=value; write {'='.join(key.split(':', 1))}")
-        if key not in options:
-            raise ValueError(_unknown_key(key, text, name, options))
+    for key, text in entries(optim_args, name).items():
         allowed, parse, is_allowed = options[key]
-        if not equals:
+        if text is None:
             raise ValueError(f"optim_args: {key!r} has no value; write {key}=<{allowed}>")
-        if key in parsed:
-            raise ValueError(f"optim_args: {key!r} is given twice ({parsed[key]!r}, then {text!r}); give it once")
         try:
             value = parse(text)
             if not is_allowed(value):
                 raise ValueError(text)
         except (ValueError, KeyError):
             raise ValueError(
-                f"optim_args: {key}={text!r} is not valid; {key} must be {allowed}{_missing_commas(key, text)}"
+                f"optim_args: {key}={text!r} is not valid; {key} must be {allowed}{missing_commas(key, text)}"
             ) from None
         parsed[key] = value
     return parsed
-
-
-def _unknown_key(key: str, text: str, name: str, options: Mapping[str, Option]) -> str:
-    message = f"optim_args: {key!r} (value {text!r}) is not an option of {name}"
-    others = [other for other in VARIANTS if key in options_of(other)]
-    if key in _ELSEWHERE:
-        message += f"; set it with TrainingArguments' {_ELSEWHERE[key]} (--{_ELSEWHERE[key]})"
-    elif key == "betas":
-        message += "; write beta1=…,beta2=…"
-    elif key in VARIANTS[name].fixed:
-        message += f"; {name} stands for {key}={VARIANTS[name].fixed[key]}, use mars_shampoo to choose it"
-    elif others:
-        message += f"; {' and '.join(others)} {'have' if len(others) > 1 else 'has'} it"
-    elif nearest := difflib.get_close_matches(key.lower(), options, n=1):
-        message += f"; the nearest valid one is {nearest[0]!r}"
-    return f"{message}{_missing_commas(key, text)}. Valid: {', '.join(options)}"
-
-
-def _missing_commas(key: str, text: str) -> str:
-    """How to write entries that something else than commas separates; "" where there is one alone."""
-    if "=" not in text:
-        return ""
-    return f"; commas separate entries: {','.join(f'{key}={text}'.replace(';', ' ').split())}"
 
 
 def ignored_option(args: TrainingArguments) -> str | None:

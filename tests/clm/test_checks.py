@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_mars.clm.checks import check_arguments, set_accumulation
+from hf_mars.clm.early import check_words
 from hf_mars.clm.errors import UsageError
 from hf_mars.clm.model import count_parameters, load_config
 from hf_mars.clm.processes import check_all_are_seen
@@ -225,6 +226,22 @@ def test_the_sizes_that_are_printed_are_those_that_are_trained(caplog, monkeypat
 
 
 BEST = "--load_best_model_at_end --eval_strategy steps --eval_steps 2 --save_steps 2"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--optim_args gamm=0.1", "nearest valid one is 'gamma'"),
+        ("--optim mars_lion --optim_args ns_steps=5", "mars_shampoo and mars_m have it"),
+        ("--optim mars_m --optim_args gamma:0.1", "write gamma=0.1"),
+        ("--optim adamw_torch --optim_args anything=1", None),  # its own business
+    ],
+)
+def test_optim_args_are_read_before_torch_is_imported(words, says):
+    with pytest.raises(UsageError, match=says) if says else nullcontext():
+        check_words(words.split())
+
+
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
