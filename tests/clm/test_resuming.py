@@ -51,15 +51,15 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
         ("--max_steps", 5),
         ("--num_train_epochs", 1.5, "--max_train_samples", 24),  # 3 steps an epoch
         ("--max_steps", 5, "--streaming"),
-        ("--max_steps", 5, "--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 2),
+        # The loss falls: the largest is the first.
+        ("--max_steps", 5, "--load_best_model_at_end", "--greater_is_better", "true", "--eval_strategy", "steps"),
     ],
     ids=lambda length: " ".join(map(str, length)),
 )
 def test_a_finished_run_is_not_trained_on(tmp_path, length):
     train = ("--train_file", write_documents(tmp_path / "a.txt"), "--cache_dir", tmp_path / "cache")
-    # With a learning rate that climbs, the last of several models is worse than the first.
-    rate = ("--learning_rate", 1.0, "--lr_scheduler_type", "constant", "--max_eval_samples", 2, "--save_steps", 2)
-    run = (*train, *length, *rate, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "auto")
+    often = ("--learning_rate", 1e-2, "--max_eval_samples", 2, "--save_steps", 2, "--eval_steps", 2)
+    run = (*train, *length, *often, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "auto")
     finished = run_main(*run)
     weights, history = weights_of(tmp_path / "out"), log_history(tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").unlink()  # as if the job had been killed before it saved the model
