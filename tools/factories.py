@@ -85,6 +85,8 @@ def main() -> int:
             f"tests/factories/check_{name}.py",
             "-o",
             "pythonpath=. tests tests/factories",
+            "-o",
+            "timeout=1200",  # their imports alone take a minute on a busy machine
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         status[name] = subprocess.run(command, cwd=ROOT, env=environment).returncode

@@ -83,7 +83,7 @@ def run_both(folder, *arguments):
 
 def without_runpy(stderr):
     """Plain `python -m` shows its own frames above the module's, which ours leaves out."""
-    return re.sub(r'  File "<frozen runpy>".*\n', "", stderr)
+    return re.sub(r'  File "(<frozen runpy>".*\n|.*/runpy\.py".*\n    .*\n)', "", stderr)  # frozen from 3.11 on
 
 
 SELF = """
