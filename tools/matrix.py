@@ -137,7 +137,11 @@ def main() -> int:
     if rows and not (arguments.rows or arguments.tests):
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        left_out = f" Left out, since it was not on the machine: Python {', '.join(missing)}." if missing else ""
+        left_out = (
+            f" Left out, since it was not on the machine: Python {', '.join(missing).replace(':', ' with transformers ')}."
+            if missing
+            else ""
+        )
         text = f"\n{table(rows)}\n{os.cpu_count()} cores.{left_out}\n\n"
         PAGE.write_text(before + BEGIN + text + END + after, encoding="utf-8")
     return 1 if not rows or any(row["failed"] for row in rows) else 0
