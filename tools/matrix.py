@@ -137,11 +137,8 @@ def main() -> int:
     if rows and not (arguments.rows or arguments.tests):
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        left_out = (
-            f" Left out, since it was not on the machine: Python {', '.join(missing).replace(':', ' with transformers ')}."
-            if missing
-            else ""
-        )
+        left_out = ", ".join(missing).replace(":", " with transformers ")
+        left_out = left_out and f" Left out, since it was not on the machine: Python {left_out}."
         text = f"\n{table(rows)}\n{os.cpu_count()} cores.{left_out}\n\n"
         PAGE.write_text(before + BEGIN + text + END + after, encoding="utf-8")
     return 1 if not rows or any(row["failed"] for row in rows) else 0

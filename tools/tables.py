@@ -101,7 +101,6 @@ def at_the_baselines_rate(name: str, label: str) -> Any:
 TASKS = {
     "pretrain_prose": "from scratch, prose",
     "pretrain_docs": "from scratch, documentation",
-    "size": "from scratch, prose, 11.5M parameters",
     "finetune": "full fine-tuning",
     "lora": "LoRA",
     "finetune_real": "full fine-tuning, SmolLM2-135M",
@@ -124,10 +123,10 @@ def overview() -> str:
         for label in (ADAMW, MARS_M):
             s = next(s for s in comparison.summaries if s.label == label)
             at_rate = at_the_baselines_rate(name, label)
-            assert s.best is not None and s.difference is not None
+            assert s.best is not None and s.difference is not None and at_rate is not None
             ratio = s.best.learning_rate / base.best.learning_rate
             best = f"{plus_minus(s.difference)} at {ratio:.2g} ×{AT_EDGE[s.edge]}"
-            cells += ["not run" if at_rate is None else plus_minus(at_rate), best]
+            cells += [plus_minus(at_rate), best]
         lines.append(cells)
     return markdown(head, lines)
 
