@@ -4,12 +4,14 @@ A launch that starts Python anew spends most of its time on imports. This has th
 what a launcher does itself is tested with real ones (launch_helpers.py).
 """
 
+import faulthandler
 import functools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -38,7 +40,7 @@ def start(processes, script, arguments, environment, timeout):
     """The finished launch of a script, whatever its exit code: 0, or that of the first process that failed.
 
     Raises:
-        TimeoutExpired: it did not end in `timeout` seconds.
+        TimeoutExpired: it did not end in `timeout` seconds; its stderr ends with the stacks of the processes.
         ValueError: the environment has variables that come too late.
     """
     if late := TOO_LATE.intersection(environment):
@@ -79,6 +81,11 @@ def _wait(running, timeout):
         if not multiprocessing.connection.wait(left, max(0, deadline - time.monotonic())):
             codes = None
             break
+    if codes is None:
+        for process in running:
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGABRT)
+                process.join(5)
     for process in running:
         process.kill()
         process.join()
@@ -88,6 +95,7 @@ def _wait(running, timeout):
 def _run(argv, environment, outputs):
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    faulthandler.enable(2)  # on SIGABRT a process prints the stacks of its threads
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))

@@ -37,7 +37,10 @@ def launch(processes, script, *arguments, timeout=240, **environment):
     if forks.TOO_LATE.intersection(environment):
         done = start(processes, script, *arguments, timeout=timeout, **environment)
     else:
-        done = forks.start(processes, TESTS / script, arguments, environment, timeout)
+        try:
+            done = forks.start(processes, TESTS / script, arguments, environment, timeout)
+        except subprocess.TimeoutExpired as hang:
+            pytest.fail(f"{script} hung\n{hang.stderr[-20000:]}")
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
     return done.stdout
 

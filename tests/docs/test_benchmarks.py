@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from engine_helpers import NEEDS_DEEPSPEED
-from launch_helpers import ROOT, launch
+from launch_helpers import NEEDS_DEEPSPEED, ROOT, launch
 from transformers import GPT2Config
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,7 @@ ENGINES = {
     "HSDP, loop": [r"-hsdp\]"],
     "tensor parallelism, loop": [r"-tensor_parallel\]"],
     "FSDP2 with tensor parallelism, loop": [r"-fsdp2_tensor_parallel\]"],
-    "all of them, loop": [
+    "every engine above, in a loop": [
         r"-ddp\]",
         r"-ddp_bucket_view\]",
         r"-ddp_no_sync\]",

@@ -207,6 +207,7 @@ def test_a_forked_launch_that_hangs_is_ended(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired) as hung:
         forks.start(2, tmp_path / "script.py", [], {}, timeout=10)
     assert hung.value.stdout == "begins\nbegins\n"
+    assert hung.value.stderr.count("script.py\", line 2 in <module>") == 2  # the stacks
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         forks.start(1, tmp_path / "script.py", [], {"TRITON_INTERPRET": "1"}, timeout=10)
 
