@@ -118,13 +118,14 @@ def _with_settings_given(load: Callable[..., None]) -> Callable[..., None]:
             load(self, checkpoint)
             return
         from .checkpoint_saving import check_run
+        from .resuming import apply_given, check_optimizer
 
         check_run(Path(checkpoint), self.args)
+        check_optimizer(self, Path(checkpoint))
         if mars_name(self.args) is None:
             load(self, checkpoint)
             return
         from .checkpoints import ResumeError
-        from .resuming import apply_given
 
         try:
             load(self, checkpoint)

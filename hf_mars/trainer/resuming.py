@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN
 from transformers.utils import logging
 
 from ..optim import MarsShampoo
@@ -16,8 +19,9 @@ from ..optim.groups import Group
 from ..optim.mars import Mars
 from ..optim.state import convert_states
 from .arguments import MarsTrainingArguments
-from .checkpoints import other_meaning
+from .checkpoints import MANIFEST, ResumeError, other_meaning
 from .defaults import transformers_default
+from .model_card import mars_inside
 from .names import VARIANTS, optim_name
 from .options import parse_optim_args
 
@@ -87,11 +91,41 @@ def remember(optimizer: Optimizer, args: TrainingArguments) -> None:
         _made[mars] = Made(given(args), groups, optim_name(args), is_empty)
 
 
-def mars_inside(optimizer: Any) -> Mars | None:
-    """The MARS optimizer under the wrappers of accelerate and DeepSpeed; None if there is none."""
-    while optimizer is not None and not isinstance(optimizer, Mars):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+def check_optimizer(trainer: Trainer, folder: Path) -> None:
+    """Refuse the optimizer's state in a checkpoint of another one, where there is no manifest that tells of it.
+
+    Stock Trainers write none. The tensors in the file are not read.
+
+    Args:
+        trainer: with its optimizer.
+        folder: of the checkpoint.
+
+    Raises:
+        ResumeError: one of the two is MARS's, and the other is none or of another class.
+    """
+    if (folder / MANIFEST).exists():
+        return
+    file = next(filter(Path.is_file, (folder / name for name in (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN))), None)
+    saved = None if file is None else _name_of_state(file)
+    mars = mars_inside(trainer.optimizer)
+    if saved is None or (mars is not None and VARIANTS[saved].class_name == type(mars).__name__):
+        return
+    raise ResumeError(
+        f"{folder}: the checkpoint was saved with optim={saved!r}, but this run has optim={optim_name(trainer.args)!r}, "
+        f"whose state is another: go on with {saved}, or start a new run from its weights"
+    )
+
+
+def _name_of_state(file: Path) -> str | None:
+    """The MARS name of an optimizer's state; None if it is of no MARS optimizer, or of no file that torch can read."""
+    try:
+        groups = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+        updates = {group.get("update"): group.get("adjust_lr_fn") for group in groups}
+    except Exception:  # the Trainer, which reads it next, says so
+        return None
+    if "shampoo" in updates:
+        return "mars_m" if updates["shampoo"] == "match_rms_adamw" else "mars_shampoo"
+    return "mars_lion" if "lion" in updates else "mars_adamw" if "adamw" in updates else None
 
 
 def apply_given(trainer: Trainer) -> None:

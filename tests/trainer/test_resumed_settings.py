@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainer_helpers import MarsTrainer, Trainer, make_trainer, optimizer_of, train
 
-from hf_mars.trainer.checkpoints import MANIFEST, CheckpointError
+from hf_mars.trainer.checkpoints import MANIFEST, CheckpointError, ResumeError
 
 SAVED = "gamma=0.3,max_norm=2.0,beta1=0.8,lr_1d=4e-3"
 
@@ -146,6 +146,34 @@ def test_what_changes_the_meaning_of_the_state_is_refused(saved, tmp_path, optim
         resume(checkpoint, tmp_path, optim=other, optim_args=given)
 
 
+@pytest.mark.parametrize(
+    "optim, other",
+    [
+        ("mars_adamw", "mars_lion"),
+        ("mars_m", "mars_adamw"),
+        ("mars_shampoo", "mars_lion"),
+        ("mars_lion", "adamw_torch"),
+        ("mars_m", "adamw_torch"),
+    ],
+)
+def test_a_checkpoint_without_a_manifest_tells_its_optimizer_too(saved, tmp_path, optim, other):
+    """Stock Trainers write none."""
+    checkpoint = shutil.copytree(saved(optim), tmp_path / "checkpoint-2")
+    (checkpoint / MANIFEST).unlink()
+    with pytest.raises(ResumeError, match=f"optim='{optim}', but this run has optim='{other}'.*go on with {optim}, or"):
+        resume(checkpoint, tmp_path, Trainer, optim=other, optim_args=None)
+
+
+@pytest.mark.parametrize("content", [b"torn", b""])
+def test_an_optimizer_s_file_that_cannot_be_read_is_left_to_the_trainer(saved, tmp_path, content):
+    checkpoint = shutil.copytree(saved(), tmp_path / "checkpoint-2")
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / "optimizer.pt").write_bytes(content)
+    with pytest.raises(Exception) as error:
+        resume(checkpoint, tmp_path, Trainer, optim="mars_lion", optim_args=None)
+    assert not isinstance(error.value, ResumeError)
+
+
 @pytest.mark.parametrize("engine, words", [("DEEPSPEED", "saved with DeepSpeed"), ("NO", None)])
 def test_a_checkpoint_of_deepspeed_is_refused_without_it(saved, tmp_path, engine, words):
     """Its optimizer's state lies in files that no other engine reads; what a manifest says is enough to know."""
@@ -181,7 +209,7 @@ def test_states_are_converted_and_the_run_goes_on(saved, tmp_path):
 
 def test_a_checkpoint_of_adamw_is_refused_with_the_way_out(tmp_path):
     run(tmp_path, "adamw_torch", optim_args=None)
-    with pytest.raises(ValueError, match=r"not one of MARS's.*hf_mars.optim.from_adamw"):
+    with pytest.raises(ValueError, match=r"not one of MARS's.*in a loop of your own.*hf_mars.optim.from_adamw"):
         resume(tmp_path / "checkpoint-2", tmp_path)
 
 
