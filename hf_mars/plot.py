@@ -106,8 +106,11 @@ def plot_losses(output_dirs: Sequence[str | Path], path: str | Path) -> None:
         if history["eval_loss"]:
             points = zip(*history["eval_loss"], strict=True)
             axes.plot(*points, color=color, marker="o", markersize=4, label=f"{label}: evaluation")
-    axes.set_title("Loss of training and evaluation", fontsize="medium")
-    axes.set_xlabel("step")
+    drawn = [
+        kind for kind in ("training", "evaluation") if any(line.get_label().endswith(kind) for line in axes.lines)
+    ]
+    axes.set_title(f"Loss of {' and '.join(drawn)}", fontsize="medium")
+    _label_steps(axes)
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -147,8 +150,13 @@ def plot_diagnostics(output_dirs: Sequence[str | Path], path: str | Path) -> Non
             axes.legend(fontsize="small")
             _show_zeros(axes)
     for axes in panels[-1]:
-        axes.set_xlabel("step")
+        _label_steps(axes)
     figure.savefig(path, dpi=150)
+
+
+def _label_steps(axes: Any) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _show_zeros(axes: Any) -> None:

@@ -152,10 +152,10 @@ def set_up_logging(training_args: MarsTrainingArguments) -> None:
     for name in (logger.name, "hf_mars"):
         logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     transformers_logging.set_verbosity(training_args.get_process_log_level())
-    logger.info(
-        f"{training_args.world_size} process(es), {training_args.parallel_mode}, {training_args.device}, "
-        f"optimizer {OptimizerNames(training_args.optim).value}"
-    )
+    processes = "1 process" if training_args.world_size == 1 else f"{training_args.world_size} processes"
+    in_one = training_args.n_gpu
+    devices = f"{in_one} GPUs (DataParallel)" if in_one > 1 else training_args.device.type
+    logger.info(f"{processes} on {devices}, optimizer {OptimizerNames(training_args.optim).value}")
 
 
 def find_start(arguments: Arguments) -> tuple[str | None, list[Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, TypeAlias
 
 from .arguments import DataTrainingArguments, ModelArguments
@@ -158,6 +159,10 @@ def _too_short(name: str, sizes: dict[str, int], block_size: int, data_args: Dat
     ways = [f"--block_size {largest}{' or less' * (largest > 2)}"] if largest >= 2 else []
     if name == "validation" and not own:
         ways.append("--validation_file with more text")
+        # Rows differ in length: a quarter more than a block, on either side.
+        percentage = math.ceil(125 * block_size / sum(sizes.values()))
+        if "training" in sizes and percentage <= 50:
+            ways.append(f"--validation_split_percentage {percentage}")
         if sum(sizes.values()) >= block_size:
             ways.append("--validation_split_percentage 0 to train without evaluation")
     return f"{text}; give {', or '.join(ways) if ways else 'more text'}"

@@ -185,6 +185,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(trained, tmp_path):
             "",
             r"validation text \(5 per cent of the rows\) has only \d+ tokens; give --block_size (\d+) or less",
         ),
+        ("--train_file longer.txt", r"or (--validation_split_percentage [1-9]\d*), or"),
         ("", r"or (--validation_split_percentage 0) to train without evaluation"),
         (
             "--validation_split_percentage 70",
@@ -193,8 +194,9 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(trained, tmp_path):
     ],
 )
 def test_what_works_with_little_data_is_said_at_once(tmp_path, monkeypatch, arguments, way):
-    """40 short rows: every way that the message names works."""
+    """40 short rows, or 160: every way that the message names works."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "longer.txt").write_text("".join(f"row {i}\n" for i in range(160)))
     (tmp_path / "rows.txt").write_text("".join(f"row {i}\n" for i in range(40)))
     run = ["--train_file", "rows.txt", "--max_steps", "1", "--save_strategy", "no", "--cache_dir", "cache"]
     run += ["--config_overrides", "n_layer=1,n_head=2,n_embd=32", "--vocab_size", "260", *arguments.split(), *QUIET]
@@ -205,7 +207,7 @@ def test_what_works_with_little_data_is_said_at_once(tmp_path, monkeypatch, argu
     value = named[1]
     options = ["--block_size", value] if value.isdigit() else ["--block_size", "128", *value.split()]
     results = main([*run, *options, "--output_dir", "b"])
-    assert results["train_loss"] > 0 and ("eval_loss" in results) == value.isdigit()
+    assert results["train_loss"] > 0 and ("eval_loss" in results) == (not value.endswith(" 0"))
 
 
 def test_processes_that_see_only_themselves_are_refused(monkeypatch, tmp_path):

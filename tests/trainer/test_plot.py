@@ -121,12 +121,18 @@ def test_a_curve_of_zeros_lies_on_the_ground(tmp_path, monkeypatch, picture):
     assert limits == [(0.0, 1.0)]
 
 
-def test_the_picture_of_losses_has_a_title(tmp_path, monkeypatch):
-    write_state(tmp_path)
+@pytest.mark.parametrize(
+    ("log", "title"),
+    [(None, "Loss of training and evaluation"), ([{"step": s, "loss": 2.0} for s in (1, 2, 3)], "Loss of training")],
+)
+def test_the_picture_of_losses_has_a_title_and_whole_steps(tmp_path, monkeypatch, log, title):
+    write_state(tmp_path, *([] if log is None else [log]))
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     plot.plot_losses([tmp_path], tmp_path / "p.png")
-    assert figures[0].axes[0].get_title() == "Loss of training and evaluation"
+    (axes,) = figures[0].axes
+    assert axes.get_title() == title
+    assert all(step == int(step) for step in axes.get_xticks())
 
 
 def test_a_run_without_diagnostics_is_said(tmp_path, capsys):

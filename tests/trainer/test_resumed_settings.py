@@ -160,7 +160,9 @@ def test_a_checkpoint_without_a_manifest_tells_its_optimizer_too(saved, tmp_path
     """Stock Trainers write none."""
     checkpoint = shutil.copytree(saved(optim), tmp_path / "checkpoint-2")
     (checkpoint / MANIFEST).unlink()
-    with pytest.raises(ResumeError, match=f"optim='{optim}', but this run has optim='{other}'.*go on with {optim}, or"):
+    with pytest.raises(
+        ResumeError, match=f"optim='{optim}', but this run has optim='{other}'.*go on with {optim}, or"
+    ):
         resume(checkpoint, tmp_path, Trainer, optim=other, optim_args=None)
 
 

@@ -50,7 +50,7 @@ def why_not(batch: Batch) -> str | None:
     """
     group = batch.group
     if group["update"] not in ("adamw", "lion"):
-        return "kernels are for MARS-AdamW and MARS-Lion"
+        return "the compiled step is for MARS-AdamW and MARS-Lion"
     if group["foreach"] is not None or not group["fused"]:
         return f"foreach={group['foreach']}, fused={group['fused']}"
     if group["update"] == "adamw" and batch.previous_grads is None and group["max_norm"] is None:
