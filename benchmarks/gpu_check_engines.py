@@ -61,8 +61,13 @@ def fsdp2(report):
                 finals.append([p.full_tensor() if is_sharded else p.detach() for p in model.parameters()])
             error = max(((a - b).norm() / a.norm()).item() for a, b in zip(*finals, strict=True))
             report.check("FSDP2, one rank", error < 1e-5, f"relative error {error:.1e}")
-            report.info("FSDP2, launches without and with", launches)
-            report.info("FSDP2, extra peak of three steps without and with", [f"{p / 2**20:.0f} MiB" for p in peaks])
+            if device.type == "cuda":
+                mib = [f"{peak / 2**20:.0f}" for peak in peaks]
+                report.info("launches of a step", f"{launches[0]} without FSDP2, {launches[1]} with it")
+                report.info(
+                    "extra peak of steps 1, 2, 3",
+                    f"{', '.join(mib[:3])} MiB without FSDP2, {', '.join(mib[3:])} MiB with it",
+                )
         finally:
             dist.destroy_process_group()
 
@@ -88,7 +93,9 @@ def scaler(report):
         moved.append(any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)))
     states = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     finite = all(bool(v.isfinite().all()) for v in [*states, *model.parameters()])
-    report.check("GradScaler", moved == [True, True, False, True] and finite, f"steps taken: {moved}")
+    taken = ", ".join("a step" if moves else "no step" for moves in moved)
+    right = moved == [True, True, False, True] and finite
+    report.check("GradScaler, the third gradient is infinite", right, taken)
 
 
 def trainer(report, seconds):

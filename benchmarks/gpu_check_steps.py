@@ -17,8 +17,16 @@ METHODS = {
     "MarsAdamW": lambda params, **settings: MarsAdamW(params, **settings),
     "MarsAdamW(max_norm=1)": lambda params, **settings: MarsAdamW(params, max_norm=1.0, **settings),
     "MarsLion(max_norm=1)": lambda params, **settings: MarsLion(params, max_norm=1.0, **settings),
-    "MarsShampoo": lambda params, **settings: MarsShampoo(params, **settings),
+    "MarsShampoo": lambda params, **settings: shampoo(params, **settings),
 }
+
+
+def shampoo(params, **settings):
+    """All matrices are hidden ones here."""
+    matrices = [param for param in params if param.ndim > 1]
+    vectors = [param for param in params if param.ndim <= 1]
+    groups = [{"params": matrices, "kind": "matrix"}, {"params": vectors, "kind": "1d"}]
+    return MarsShampoo([group for group in groups if group["params"]], **settings)
 
 
 def order(report, seconds):
@@ -43,7 +51,8 @@ def order(report, seconds):
             kernels = gpu.kernels_for(report.device)
     finally:
         torch.set_default_dtype(default)
-    report.check("default dtype bfloat16", kernels is not None and not caught, [str(w.message) for w in caught])
+    said = "; ".join(str(warning.message) for warning in caught)
+    report.check("default dtype bfloat16", kernels is not None and not caught, said or "no warnings")
 
 
 def parameters(shapes, device, dtype=torch.float32):
@@ -111,7 +120,7 @@ def large(report, seconds):
     if report.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(report.device)
         if free < 14 * n:
-            report.info(f"{n:,} elements", f"not checked: needs {14 * n / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+            report.info(f"{n:,} elements", f"left out: needs {14 * n / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
             return
     results = []
     generator = torch.Generator().manual_seed(0)

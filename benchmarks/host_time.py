@@ -75,8 +75,10 @@ def measure(count, turns, moved):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=200)
+    parser.add_argument("--turns", type=int, default=200, help="steps of each that are measured, at least 1")
     arguments = parser.parse_args()
+    if arguments.turns < 1:
+        parser.error(f"--turns {arguments.turns}: must be at least 1")
     torch.set_num_threads(1)
     for moved in (False, True):
         print(f"\n| gradients {'moved' if moved else 'in place'} | tensors | µs | ratio |\n| --- | --- | --- | --- |")

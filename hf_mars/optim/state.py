@@ -171,7 +171,8 @@ def _check_groups(saved_groups: list[Group], groups: list[Group], optimizer: str
     if saved_groups and not any("update" in saved for saved in saved_groups):
         raise ValueError(
             f"state_dict: was saved by an optimizer that is not one of MARS's, and {optimizer} cannot go on from it; "
-            "start a new run from its weights, or, in a loop of your own, convert AdamW's with hf_mars.optim.from_adamw"
+            "start a new run from its weights, or, in a loop of your own, convert AdamW's with "
+            "hf_mars.optim.from_adamw"
         )
     if len(saved_groups) != len(groups):
         return  # torch says so

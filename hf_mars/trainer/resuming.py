@@ -111,8 +111,9 @@ def check_optimizer(trainer: Trainer, folder: Path) -> None:
     if saved is None or (mars is not None and VARIANTS[saved].class_name == type(mars).__name__):
         return
     raise ResumeError(
-        f"{folder}: the checkpoint was saved with optim={saved!r}, but this run has optim={optim_name(trainer.args)!r}, "
-        f"whose state is another: go on with {saved}, or start a new run from its weights"
+        f"{folder}: the checkpoint was saved with optim={saved!r}, but this run has "
+        f"optim={optim_name(trainer.args)!r}, whose state is another: go on with {saved}, or start a new run from its "
+        "weights"
     )
 
 
