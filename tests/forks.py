@@ -4,6 +4,7 @@ A launch that starts Python anew spends most of its time on imports. This has th
 what a launcher does itself is tested with real ones (launch_helpers.py).
 """
 
+import contextlib
 import faulthandler
 import functools
 import multiprocessing
@@ -19,6 +20,7 @@ from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from unittest import mock
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -40,7 +42,8 @@ def start(processes, script, arguments, environment, timeout):
     """The finished launch of a script, whatever its exit code: 0, or that of the first process that failed.
 
     Raises:
-        TimeoutExpired: it did not end in `timeout` seconds; its stderr ends with the stacks of the processes.
+        TimeoutExpired: it did not end in `timeout` seconds; its stderr ends with the stacks of the processes, and
+            their states.
         ValueError: the environment has variables that come too late.
     """
     if late := TOO_LATE.intersection(environment):
@@ -63,15 +66,18 @@ def start(processes, script, arguments, environment, timeout):
             own = {**os.environ, **everywhere, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
             running.append(_server().Process(target=_run, args=(argv, own, outputs)))
             running[-1].start()
-        codes = _wait(running, timeout)
+        codes, states = _wait(running, timeout)
         stdout, stderr = (output.read_text() if output.exists() else "" for output in outputs)
     if codes is None:
-        raise TimeoutExpired(argv, timeout, stdout, stderr)
+        raise TimeoutExpired(argv, timeout, stdout, f"{stderr}\n{states}")
     return CompletedProcess(argv, next(filter(None, codes), 0), stdout, stderr)
 
 
 def _wait(running, timeout):
-    """The exit codes, None where they did not come in time; what runs then, or after one has failed, is killed."""
+    """The exit codes, None where they did not come in time, and what state the processes were in then.
+
+    What runs then, or after one has failed, is killed.
+    """
     deadline = time.monotonic() + timeout
     while True:
         codes = [process.exitcode for process in running]
@@ -81,15 +87,17 @@ def _wait(running, timeout):
         if not multiprocessing.connection.wait(left, max(0, deadline - time.monotonic())):
             codes = None
             break
+    states = {process.pid: process.exitcode for process in running}
     if codes is None:
         for process in running:
-            if process.exitcode is None:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                states[process.pid] = psutil.Process(process.pid).status()
                 os.kill(process.pid, signal.SIGABRT)
                 process.join(5)
     for process in running:
         process.kill()
         process.join()
-    return codes
+    return codes, states
 
 
 def _run(argv, environment, outputs):
