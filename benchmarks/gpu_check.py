@@ -176,7 +176,8 @@ def training(report: Report, seconds: float) -> None:
 
 def told(row: dict[str, Any]) -> str:
     """Which run a line of pretrain_gpu.py is about."""
-    return f"{row['optimizer']}, learning rate {row['learning_rate']:g}, seed {row['seed']}"
+    rate = float((row if "eval_loss" in row else row["arguments"])["learning_rate"])
+    return f"{row['optimizer']}, learning rate {rate:g}, seed {row['seed']}"
 
 
 def outcome(row: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ def call(module, monkeypatch, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_from_a_text_to_results(evidence, monkeypatch, tmp_path):
     text, out, kept = tmp_path / "text.txt", tmp_path / "out", tmp_path / "kept.json"
     text.write_text("The same few words, over and over again, until there is enough of them.\n" * 400)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,45 +38,102 @@ def test_every_part_runs_to_its_end(tmp_path):
 
 
 @pytest.fixture
-def with_broken(tmp_path):
-    """gpu_check.py in which parts are replaced by code; the finished process."""
-
-    def get(arguments, **parts):
-        replaced = "\n".join(
-            f"def {name}(report, seconds):\n    {code}\ngpu_check.PARTS[{name!r}] = (0.1, {name})"
-            for name, code in parts.items()
-        )
-        script = tmp_path / "check.py"
-        script.write_text(
-            f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport torch, gpu_check\n"
-            f"gpu_check.__file__ = {str(script)!r}\n{replaced}\ngpu_check.main()\n"
-        )
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, script, "--tiny", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-
-    return get
+def check(monkeypatch):
+    """The module, which takes arguments and looks for a GPU as on a machine without one."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return importlib.import_module("gpu_check")
 
 
-def test_a_part_that_breaks_is_a_fail_and_the_others_go_on(with_broken):
-    result = with_broken(["--parts", "order", "large"], order="raise RuntimeError('no such thing')")
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "FAIL order ended: RuntimeError: no such thing" in result.stdout
-    assert "PASS large" in result.stdout and result.stdout.endswith("all FAILs: 1\n")
+def run_parts(check, monkeypatch, *arguments, **parts):
+    """The exit status of a check whose parts are these functions."""
+    for name, function in parts.items():
+        monkeypatch.setitem(check.PARTS, name, (0.1, function))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--tiny", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        check.main()
+    return end.value.code
 
 
-@pytest.mark.parametrize(
-    ("message", "has_file"),
-    [("CUDA error: an illegal memory access", False), ("Triton Error [CUDA]: misaligned", True)],
-)
-def test_where_the_device_is_lost_a_new_process_goes_on_and_every_line_counts(
-    with_broken, tmp_path, message, has_file
-):
+def right(report, seconds):
+    report.check("it", True, "is right")
+
+
+def failing(error):
+    def part(report, seconds):
+        raise error
+
+    return part
+
+
+def test_a_part_that_breaks_is_a_fail_and_the_others_go_on(check, monkeypatch, capsys):
+    order = failing(RuntimeError("no such thing"))
+    assert run_parts(check, monkeypatch, "--parts", "order", "large", order=order, large=right) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if " took: " not in line]
+    assert lines == [
+        "FAIL order ended: RuntimeError: no such thing",
+        "PASS large it: is right",
+        "INFO all FAILs: 1",
+    ]
+
+
+def test_an_interrupted_check_counts_what_it_found(check, monkeypatch, capsys):
+    assert run_parts(check, monkeypatch, "--parts", "order", "large", order=failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().out.splitlines() == ["FAIL order ended: interrupted", "INFO all FAILs: 1"]
+
+
+def test_what_loses_the_device(check):
+    for message in ("CUDA error: an illegal memory access", "Triton Error [CUDA]: misaligned", "HIP error: bad"):
+        assert check.LOST_DEVICE.search(message)
+    assert not check.LOST_DEVICE.search("CUDA out of memory. Tried to allocate 28 GiB")
+
+
+def test_where_the_device_is_lost_the_rest_is_another_process_s(check, monkeypatch, capsys, tmp_path):
+    """Which gets the lines so far and the parts that are left; its exit status counts."""
+    started = []
+
+    def start(command):
+        options = check.argparse.ArgumentParser()
+        options.add_argument("--go_on_from", type=Path)
+        options.add_argument("--parts", nargs="+")
+        options.add_argument("--minutes", action="append", type=float)
+        known, _ = options.parse_known_args(command[2:])
+        started.append((json.loads(known.go_on_from.read_text()), known.parts, known.minutes[-1] <= 5))
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(check.subprocess, "run", start)
+    order = failing(RuntimeError("CUDA error: lost"))
+    arguments = ["--minutes", "5", "--parts", "large", "order", "host", "speed"]
+    assert run_parts(check, monkeypatch, *arguments, large=right, order=order) == 1
+    ((rows, parts, in_time),) = started
+    assert [row["verdict"] for row in rows if row["name"] != "took"] == ["PASS", "FAIL"]
+    assert parts == ["host", "speed"] and in_time and "all FAILs" not in capsys.readouterr().out
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("has_file", [False, True])
+def test_where_the_device_is_lost_a_new_process_goes_on_and_every_line_counts(tmp_path, has_file):
     """Two parts lose it, and each ends a process."""
+    script = tmp_path / "check.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import gpu_check
+def lost(report, seconds):
+    report.info("process", gpu_check.os.getpid())
+    raise RuntimeError("Triton Error [CUDA]: misaligned")
+gpu_check.__file__ = {str(script)!r}
+gpu_check.PARTS |= dict(order=(0.1, lost), host=(0.1, lost))
+gpu_check.main()
+""")
     file = tmp_path / "lines.json"
-    lose = f"report.info('process', gpu_check.os.getpid()); raise RuntimeError({message!r})"
-    arguments = ["--parts", "order", "host", "large", *(["--json", file] if has_file else [])]
-    result = with_broken(arguments, order=lose, host=lose)
+    command = [sys.executable, script, "--tiny", "--parts", "order", "host", "large"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, *(["--json", file] if has_file else [])], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
     assert result.returncode == 1, result.stdout + result.stderr
     printed = [line for line in result.stdout.splitlines() if line.startswith(("PASS", "FAIL", "INFO"))]
     assert [line.split()[1] for line in printed if line.startswith("FAIL")] == ["order", "host"]
@@ -84,12 +142,6 @@ def test_where_the_device_is_lost_a_new_process_goes_on_and_every_line_counts(
     if has_file:
         rows = json.loads(file.read_text())
         assert [f"{row['verdict']} {row['part']} {row['name']}: {row['detail']}" for row in rows] == printed
-
-
-def test_an_interrupted_check_counts_what_it_found(with_broken):
-    result = with_broken(["--parts", "order", "large"], order="raise KeyboardInterrupt")
-    assert result.returncode == 130 and "Traceback" not in result.stderr
-    assert result.stdout.splitlines() == ["FAIL order ended: interrupted", "INFO all FAILs: 1"]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +157,10 @@ def test_an_interrupted_check_counts_what_it_found(with_broken):
         ("--tiny --json README.md", "1", "--json README.md: is there already"),
     ],
 )
-def test_what_it_cannot_do_is_said_at_once(arguments, interpreted, says, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.chdir(ROOT)
+def test_what_it_cannot_do_is_said_at_once(arguments, interpreted, says, check, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split()])
     with pytest.raises(SystemExit) as end:
-        importlib.import_module("gpu_check").main()
+        check.main()
     captured = capsys.readouterr()
     assert end.value.code == 2 and says in captured.err and not captured.out
