@@ -17,7 +17,7 @@ from .phases import Sweep
 from .plan import Plan
 from .plan_file import make_plan, read_plan_file
 from .report import report
-from .runner import Runner, remove_abandoned
+from .runner import RUNS, Runner, remove_abandoned
 from .store import RESULTS, Store, read_results
 
 DESCRIPTION = """Compare optimizers for a training script: every optimizer gets the same number of settings, the same
@@ -123,15 +123,16 @@ def _run(arguments: argparse.Namespace, command: list[str], folder: Path, began:
         raise SweepError(f"cannot make the output_dir {folder}: {error.strerror}") from None
     lock = _lock(folder)
     stored = Plan.load(folder)
-    if stored is not None and (folder / RESULTS).is_file() and read_results(folder):  # else no run of it ever ended
-        plan = plan.added_to(stored)
-        plan.check()
+    rows = read_results(folder) if (folder / RESULTS).is_file() else []
+    if stored is not None and rows:  # else no run of it ever ended
+        plan = plan.added_to(stored, {row["optimizer"] for row in rows})
     plan.save(folder)
     names = {name for settings in plan.optimizers.values() for s in settings for name, _ in s.arguments}
     for name in given_twice(command, sorted({*names, "seed", "output_dir"})):
         print(f"--{name} of the command gives way to the sweep's", file=sys.stderr)
     store = Store(folder)
-    remove_abandoned(folder, store.rows.values())
+    for run in remove_abandoned(folder, store.rows.values()):
+        print(f"ended {run}, which a sweep that was killed had left running", file=sys.stderr)
     if arguments.retry_failed:
         store.forget_failed()
     runner = Runner(
@@ -145,12 +146,15 @@ def _run(arguments: argparse.Namespace, command: list[str], folder: Path, began:
     )
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)  # the runs end with the sweep
+    grids = plan.runs()
+    to_make = sum(run.key not in store.rows for run in grids)
+    print(f"{to_make} of {len(grids)} runs of the grids are to be made; logs: {folder / RUNS}", file=sys.stderr)
     with lock:
         done = Sweep(plan, folder, store, runner, arguments.max_extensions, arguments.timing_steps).run()
         print(report(folder))
     if not done:
         print("the time budget is used up; the same command goes on", file=sys.stderr)
-    if all(row["status"] == "failed" for row in store.rows.values()):
+    if store.rows and all(row["status"] == "failed" for row in store.rows.values()):
         print(f"every run failed; {folder / 'report.md'} has their last lines", file=sys.stderr)
         return 1
     return 0

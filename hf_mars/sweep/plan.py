@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,12 +112,13 @@ class Plan:
             if i < len(grid)
         ]
 
-    def check(self) -> None:
+    def check(self, which: str = "") -> None:
+        """Raise a SweepError where budgets are unequal; `which` says of what settings."""
         counts = {label: len(settings) for label, settings in self.optimizers.items()}
         if self.equal_budget and len(set(counts.values())) > 1:
             text = ", ".join(f"{label} {count}" for label, count in counts.items())
             raise SweepError(
-                f"the optimizers have unequal numbers of settings ({text}): give them equal ones, or say "
+                f"{which}the optimizers have unequal numbers of settings ({text}): give them equal ones, or say "
                 "`equal_budget: false` in the plan"
             )
 
@@ -161,21 +163,29 @@ class Plan:
             stored["equal_budget"],
         )
 
-    def added_to(self, stored: Plan) -> Plan:
+    def added_to(self, stored: Plan, ran: Collection[str]) -> Plan:
         """The plan that a folder holds, with what this one adds.
 
+        Args:
+            stored: the folder's.
+            ran: labels of optimizers of which a run has ended. Of the others nothing that is stored counts, so that a
+                mistake can be taken back.
+
         Raises:
-            SweepError: the commands differ.
+            SweepError: the commands differ; or the settings that were run make the budgets unequal.
         """
         if self.command != stored.command:
             raise SweepError(
                 f"the output_dir holds a sweep of `{' '.join(stored.command)}`; another command needs another one"
             )
-        optimizers = {label: list(settings) for label, settings in stored.optimizers.items()}
+        optimizers: dict[str, list[Setting]] = {}
+        for label, settings in stored.optimizers.items():
+            if label in ran:
+                optimizers[label] = list(settings)
         for label, settings in self.optimizers.items():
             known = optimizers.setdefault(label, [])
             known += [setting for setting in settings if setting not in known]
-        return Plan(
+        plan = Plan(
             self.command,
             optimizers,
             max(self.seeds, stored.seeds),
@@ -183,6 +193,8 @@ class Plan:
             stored.extensions,
             self.equal_budget and stored.equal_budget,
         )
+        plan.check("with those that the output_dir has already, ")
+        return plan
 
 
 def number(value: float) -> str:

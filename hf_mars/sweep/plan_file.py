@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..trainer.names import VARIANTS, nearest_optimizer
+from ..trainer.optim_args import entries
 from .errors import SweepError
 from .plan import Plan, Setting, number
 
@@ -74,6 +76,8 @@ def make_plan(
     for name, value in (("seeds", seeds), ("final_seeds", final_seeds)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise SweepError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if final_seeds is not None and final_seeds < seeds:
+        raise SweepError(f"final_seeds {final_seeds}: at least {seeds}, the seeds that every setting is trained with")
     plan = Plan(command, grids, seeds, seeds if final_seeds is None else final_seeds, equal_budget=bool(equal_budget))
     plan.check()
     return plan
@@ -102,7 +106,22 @@ def _settings(label: str, fields: Mapping[str, Any]) -> list[Setting]:
     settings = [Setting(label, (row[0], row[-1], *row[1:-1])) for row in itertools.product(*columns)]
     if len(set(settings)) < len(settings):
         raise SweepError(f"{label} has the same setting twice")
+    for setting in settings:
+        _check_names(label, dict(setting.arguments))
     return settings
+
+
+def _check_names(label: str, arguments: Mapping[str, str]) -> None:
+    """Of MARS's optimizers the mistakes that show before anything is run; other names are the script's to judge."""
+    name = arguments["optim"]
+    if name not in VARIANTS:
+        if "mars" in name.lower():
+            raise SweepError(f"{label}: optim={name!r}: {nearest_optimizer(name)}")
+        return
+    try:
+        entries(arguments.get("optim_args"), name)
+    except ValueError as error:
+        raise SweepError(f"{label}: {error}") from None
 
 
 def _alternatives(value: Any) -> list[Any]:

@@ -68,6 +68,8 @@ class Progress:
             self._ended += 1
         what = f"{'timing of ' if run.timing else ''}{run.setting.label}, {run.setting.describe()}, seed {run.seed}"
         loss = "" if row["final_loss"] is None else f", {row['loss_of']} loss {row['final_loss']:.4f}"
+        if run.timing:
+            loss = "" if row["seconds_per_step"] is None else f", {row['seconds_per_step']:.4g} s per step"
         problem = f": {row['problem']}, see {row['folder']}/stderr.txt" if row["problem"] else ""
         self._print(f"{what}: {row['status']}{loss}{problem}", end="\n")
 
@@ -85,7 +87,8 @@ class Progress:
             together = [w for run, w in zip(to_come, work, strict=True) if not run.timing]
             alone = sum(work) - sum(together)
             left = f"about {duration(alone + max([sum(together) / self._jobs, *together]))} left"
-        return f"{ended} of {self._total} runs ended, {len(running)} running, {left}"
+        now_running = f", {len(running)} running" if running else ""
+        return f"{ended} of {self._total} runs ended{now_running}, {left}"
 
     def show(self) -> None:
         if self._terminal and time.monotonic() - self._shown > REFRESH:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
-from .compare import Row, losses_by_setting
+from .compare import Row, losses_by_setting, setting_of
 from .plan import PLAN, Plan, replace_text
 from .plots import draw
 from .store import read_results
 from .summary import Comparison, Summary, as_json, compare, mean, verdict
 
 REPORT = "report.md"
+DOUBTFUL = 0.1  # relative difference of two timings of one setting from which the report warns
 
 
 def report(folder: Path, pictures: bool = True) -> str:
@@ -59,17 +61,18 @@ def _cells(s: Summary, comparison: Comparison) -> list[str]:
         error = " (one seed)" if s.difference.error is None else f" ± {s.difference.error:.4f}"
         difference = f"{s.difference.mean:+.4f}{error}"
     steps = seconds = "—" if s is base else "not reached"
-    if s.part_of_steps is not None and base.curve:
+    if base.curve and (s is base or s.part_of_steps is not None):
         last = base.curve[-1]
         whole = last.tokens if comparison.tokens_counted and last.tokens else last.step
-        steps = f"{s.part_of_steps * whole:,.0f} ({_percent(s.part_of_steps)})"
+        part = 1.0 if s.part_of_steps is None else s.part_of_steps
+        at_most = "≤ " * s.is_bound
+        steps = f"{at_most}{part * whole:,.0f}"
         seconds = "not timed"
-        if s.part_of_seconds is not None and s.seconds_per_step is not None:
-            seconds = f"{s.part_of_steps * last.step * s.seconds_per_step:,.1f} ({_percent(s.part_of_seconds)})"
-    elif s is base and base.curve and base.seconds_per_step is not None:
-        last = base.curve[-1]
-        steps = f"{last.tokens if comparison.tokens_counted and last.tokens else last.step:,.0f}"
-        seconds = f"{last.step * base.seconds_per_step:,.1f}"
+        if s.seconds_per_step is not None and (s is base or s.part_of_seconds is not None):
+            seconds = f"{at_most}{part * last.step * s.seconds_per_step:,.1f}"
+        if s is not base:
+            steps += f" ({_percent(part)})"
+            seconds += "" if s.part_of_seconds is None else f" ({_percent(s.part_of_seconds)})"
     return [
         s.label,
         s.best.describe() + (f" ({s.edge} edge)" if s.edge else ""),
@@ -110,7 +113,10 @@ def _notes(rows: list[Row], plan: Plan | None, comparison: Comparison) -> list[s
         if comparison.curve_kind == "evaluation"
         else "training losses, smoothed over a tenth of the steps"
     )
-    notes.append(f"Curves, and where one reaches the baseline's last loss, are of {curves}, and means over seeds.")
+    notes.append(
+        f"Curves, and where one reaches the baseline's last loss, are of {curves}, and means over seeds; between two "
+        "points of a curve it is taken for straight, and ≤ says that its first point is below already."
+    )
     settings = {s.label: s.settings for s in comparison.summaries}
     if len(set(settings.values())) > 1:
         text = ", ".join(f"{label} {count}" for label, count in settings.items())
@@ -118,18 +124,39 @@ def _notes(rows: list[Row], plan: Plan | None, comparison: Comparison) -> list[s
     jobs = {row["jobs"] for row in rows if row["kind"] == "run"}
     timed = any(row["kind"] == "timing" for row in rows)
     if timed:
-        notes.append("Seconds are from short runs of the best settings, each alone on the machine.")
+        notes.append(f"Seconds are from short runs of the best settings, one at a time, in turns.{_spread(rows)}")
     elif jobs - {1}:
         notes.append("Nothing was timed alone, and runs shared the machine, so there are no seconds.")
+    else:
+        notes.append("Seconds are of the runs themselves, one at a time; nothing was timed in turns.")
     notes += _warnings([row for row in rows if row["kind"] == "run" and row["status"] != "failed"])
     if plan is not None:
-        notes.append(f"Command: `{' '.join(plan.command)}`; seeds 1 to {plan.seeds}.")
+        seeds = "seed 1" if plan.seeds == 1 else f"seeds 1 to {plan.seeds}"
+        note = f"Command: `{' '.join(plan.command)}`; every setting with {seeds}"
+        if plan.final_seeds > plan.seeds:
+            note += f", which chose the best ones; these with seeds 1 to {plan.final_seeds}"
+        notes.append(f"{note}.")
         if plan.extensions:
             notes.append(f"Every grid was extended alike, {len(plan.extensions)} times ({PLAN}).")
         missing = _missing(rows, plan)
         if missing:
             notes.append(missing.strip())
     return [f"{note}\n" for note in notes]
+
+
+def _spread(rows: list[Row]) -> str:
+    """By how much the timing runs of one setting differ at most, relative to the shortest."""
+    times: dict[Any, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "timing" and row["seconds_per_step"] is not None:
+            times.setdefault(setting_of(row), []).append(row["seconds_per_step"])
+    spreads = [max(own) / min(own) - 1 for own in times.values() if len(own) > 1 and min(own) > 0]
+    if not spreads:
+        return ""
+    text = f" Those of one setting differ by up to {_percent(max(spreads))}"
+    if max(spreads) <= DOUBTFUL:
+        return f"{text}."
+    return f"{text}: **differences of that size mean nothing**; the machine had other work, or the runs are short."
 
 
 def _warnings(runs: list[Row]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 import shutil
@@ -14,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ..trainer.names import RUN_LOG_VARIABLE
 from .command import through_hf_mars
 from .curves import diverged, final_loss, read_log, seconds_per_step
@@ -23,6 +27,7 @@ from .progress import Progress
 from .store import Store
 
 RUNS = "runs"
+PROCESS = "process.json"  # in a run's folder: the number of its process, and when that began
 STDERR_LINES = 15
 _KILLED = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # somebody ended it: no fault of the run's
 
@@ -163,7 +168,7 @@ class Runner:
         errors = (folder / "stderr.txt").read_text(errors="replace").splitlines()
         if code == 2:  # argparse's, and python's own for a missing file
             last = next((line for line in reversed(errors) if line.strip()), "no message")
-            self._refusal = SweepError(f"the command refuses its arguments: {last}")
+            self._refusal = SweepError(f"the command refuses its arguments (exit code 2): {last}")
             self.stop()
             return None
         if not self._keep_outputs:
@@ -195,6 +200,7 @@ class Runner:
                 return None
             with self._lock:
                 self._processes.add(process)
+            (folder / PROCESS).write_text(json.dumps([process.pid, _began(process.pid)]))
             try:
                 while process.poll() is None and not self._stop.is_set():
                     time.sleep(0.05)
@@ -207,13 +213,42 @@ class Runner:
         return None if self._stop.is_set() else process.returncode
 
 
-def remove_abandoned(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Remove the folders of runs that a killed sweep left behind; where such a run goes on by itself, it ends for
-    want of its log."""
+def remove_abandoned(folder: Path, rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Remove the folders of runs that a killed sweep left behind, and end those that go on by themselves.
+
+    Returns:
+        The folders of those.
+    """
     kept = {row["folder"] for row in rows}
-    for path in (folder / RUNS).glob("*"):
-        if str(path.relative_to(folder)) not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+    ended = []
+    for path in sorted((folder / RUNS).glob("*")):
+        name = str(path.relative_to(folder))
+        if name in kept:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            pid, began = json.loads((path / PROCESS).read_text())
+            if began is not None and _began(pid) == began:
+                _end_group(pid)
+                ended.append(name)
+        shutil.rmtree(path, ignore_errors=True)
+    return ended
+
+
+def _began(pid: int) -> float | None:
+    """When a process began, which tells it from a later one of the same number; None if there is none."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    return None
+
+
+def _end_group(pid: int) -> None:
+    """Of no child of this process; ask it, and after ten seconds make it."""
+    with contextlib.suppress(ProcessLookupError, psutil.Error):
+        process = psutil.Process(pid)
+        os.killpg(pid, signal.SIGTERM)
+        psutil.wait_procs([process], timeout=10)
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _outcome(code: int, log: dict[str, Any], errors: list[str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Summary:
         difference: from the baseline, paired by seed; None for the baseline itself.
         curve: the mean curve of the best setting, over the seeds that this optimizer and the baseline share.
         part_of_steps: where the curve reaches the baseline's last loss, relative to the baseline's steps.
+        is_bound: whether that is the curve's first point, so that it may have been reached before.
         part_of_seconds: the same in seconds of training.
         seconds_per_step: of the timing runs alone on the machine, else of sweeps with one job.
         state_bytes: of the optimizer, in the process that logs.
@@ -50,6 +51,7 @@ class Summary:
     difference: Difference | None
     curve: list[Point]
     part_of_steps: float | None
+    is_bound: bool
     part_of_seconds: float | None
     seconds_per_step: float | None
     state_bytes: int | None
@@ -123,6 +125,7 @@ def compare(rows: list[Row], labels: list[str]) -> Comparison:
                 difference=difference,
                 curve=curve,
                 part_of_steps=part,
+                is_bound=part is not None and curve[0].loss <= base_curve[-1].loss,
                 part_of_seconds=part_seconds,
                 seconds_per_step=seconds,
                 state_bytes=states[0] if states else None,
@@ -176,9 +179,8 @@ def verdict(summary: Summary, comparison: Comparison) -> str:
     if summary.part_of_seconds is not None:
         time = f" and {summary.part_of_seconds:.0%} of the time".replace("%", " %")
     part = f"{summary.part_of_steps:.0%}".replace("%", " %")
-    return (
-        f"{label} reaches {base.label}'s best loss after {part} of the {unit}{time}; it {ending}{_at_edge(summary)}."
-    )
+    after = f"{'at most ' * summary.is_bound}{part} of the {unit}{time}"
+    return f"{label} reaches {base.label}'s best loss after {after}; it {ending}{_at_edge(summary)}."
 
 
 def _at_edge(summary: Summary) -> str:
@@ -205,6 +207,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                 "losses": {str(seed): loss if math.isfinite(loss) else None for seed, loss in s.losses.items()},
                 "difference": vars(s.difference) if s.difference else None,
                 "part_of_steps": s.part_of_steps,
+                "is_bound": s.is_bound,
                 "part_of_seconds": s.part_of_seconds,
                 "seconds_per_step": s.seconds_per_step,
                 "state_bytes": s.state_bytes,

@@ -58,7 +58,12 @@ def test_arguments_that_the_command_has_too():
         ([*GRID, "--time_budget", "soon"], "must be a time such as 45s, 30m, 2h or 1h30m, not 'soon'"),
         ([*GRID, "--jop", "2"], "unrecognized arguments: --jop 2"),
         (["--plan", "no.yaml"], "cannot read the plan no.yaml: No such file"),
-        ([*GRID, "--", "--unknown", "1"], "the command refuses its arguments: "),
+        ([*GRID, "--", "--unknown", "1"], "the command refuses its arguments (exit code 2): "),
+        (
+            ["--optim", "mars_admw", "--learning_rate", "1"],
+            "mars_admw: optim='mars_admw': there is no such optimizer; ",
+        ),
+        ([*GRID, "--seeds", "3", "--final_seeds", "2"], "final_seeds 2: at least 3, the seeds that every setting"),
         (["--report"], "holds no sweep"),
     ],
     ids=str,

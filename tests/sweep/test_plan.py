@@ -124,15 +124,31 @@ def test_bad_entries(entry, message):
         made([entry])
 
 
+def test_options_of_mars_are_looked_at_before_anything_runs():
+    with pytest.raises(SweepError, match=r"mars_m: optim_args: 'gama'.*the nearest valid one is 'gamma'"):
+        made([{"optim": "mars_m", "optim_args": {"gama": 0.05}}])
+
+
 def test_stored_and_added_to(tmp_path):
     plan = made(final_seeds=3)
     plan.extensions.append({"side": "upper", "settings": {"a": setting("a", 0.1), "b": setting("b", 0.1)}})
     plan.save(tmp_path)
     stored = Plan.load(tmp_path)
     assert stored == plan
-    both = made(["b", "c"], [1e-2, 1e-1, 1], seeds=1).added_to(stored)
+    both = made(["b", "c", "a"], [1e-2, 1e-1, 1], seeds=1, equal_budget=False).added_to(stored, {"a", "b"})
     assert list(both.optimizers) == ["a", "b", "c"]
     assert [each.learning_rate for each in both.optimizers["b"]] == [1e-3, 1e-2, 1e-1, 1]
     assert (both.seeds, both.final_seeds, both.extensions) == (2, 3, plan.extensions)
     with pytest.raises(SweepError, match=r"holds a sweep of `python train.py`"):
-        made(command=["python", "other.py"]).added_to(stored)
+        made(command=["python", "other.py"]).added_to(stored, set())
+
+
+def test_what_never_ran_can_be_taken_back_and_what_ran_counts():
+    """A name or a value that the script refused must not stay in the folder for good."""
+    stored = made(["a", "bad"])
+    corrected = made(["a", "b"])
+    assert list(corrected.added_to(stored, {"a"}).optimizers) == ["a", "b"]
+    other = made([{"optim": "a", "gamma": 1}, "b"])
+    with pytest.raises(SweepError, match=r"with those that the output_dir has already, .* unequal numbers .*a 4, b 2"):
+        other.added_to(made(["a", "b"]), {"a", "b"})
+    assert [dict(s.arguments).get("gamma") for s in other.added_to(stored, {"bad"}).optimizers["a"]] == ["1", "1"]

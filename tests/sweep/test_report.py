@@ -8,6 +8,7 @@ import pytest
 from sweep_helpers import ENVIRONMENT, row, sweep
 
 from hf_mars.sweep.errors import SweepError
+from hf_mars.sweep.plan_file import make_plan
 from hf_mars.sweep.report import report
 
 CURVE = [(20, 5.0), (40, 4.0), (60, 3.0), (80, 2.5), (100, 2.0)]
@@ -44,6 +45,35 @@ def test_table_and_verdicts(tmp_path, rows):
     assert "| b | learning rate 0.01 | 1.6100, 1.7100 | 1.6600 |" in text
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["optimizers"][1]["part_of_steps"] == pytest.approx(0.7996, abs=1e-4)
+
+
+def test_a_first_point_below_is_a_bound(tmp_path, rows):
+    """Where the curve's first evaluation is below already, nobody knows where it came there."""
+    early = [each for each in rows if each["optimizer"] == "a"]
+    early += [row("b", 0.001, seed, 1.5, curve=[(s, 1.5) for s in (25, 50, 75, 100)]) for seed in (1, 2)]
+    write(tmp_path, early)
+    short = report(tmp_path)
+    assert "| ≤ 25 (25 %) | ≤ 2.5 (25 %) |" in short and "b reaches a's best loss after at most 25 % of" in short
+
+
+@pytest.mark.parametrize(("second", "says"), [(0.105, "differ by up to 5 %."), (0.15, "of that size mean nothing")])
+def test_how_far_timings_of_one_setting_differ_is_said(tmp_path, rows, second, says):
+    timing = [
+        row(label, 0.001, 1, 2.0, kind="timing", seconds_per_step=seconds)
+        for label in "ab"
+        for seconds in (0.1, second)
+    ]
+    write(tmp_path, [*rows, *timing])
+    report(tmp_path)
+    assert says in (tmp_path / "report.md").read_text()
+
+
+def test_seeds_that_chose_and_further_ones_are_said(tmp_path, rows):
+    write(tmp_path, rows)
+    make_plan(["python", "x.py"], ["a", "b"], [0.001], seeds=1, final_seeds=3).save(tmp_path)
+    report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "every setting with seed 1, which chose the best ones; these with seeds 1 to 3." in text
 
 
 def test_seconds_are_not_told_of_runs_that_shared_the_machine(tmp_path, rows):

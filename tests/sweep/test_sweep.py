@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from sweep_helpers import ENVIRONMENT, GRID, QUICK, command, rows_of, sweep
 
@@ -53,12 +54,13 @@ def test_equal_runs_for_all_and_timing_of_the_best(tmp_path):
     ]
     assert "a is the baseline: 1.0150 at learning rate 0.001." in done.stdout
     assert "b ends level" not in done.stdout and "b reaches a's best loss after 100 % of the steps" in done.stdout
-    assert "[12 of 16 runs ended" in done.stderr and "[16 of 16 runs ended, 0 running, about 0 s left]" in done.stderr
+    assert "[12 of 16 runs ended" in done.stderr and "[16 of 16 runs ended, about 0 s left] timing of b" in done.stderr
     for name in ("report.md", "report.json", "loss.png", "seconds.png", "learning_rate.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert not list((tmp_path / "out" / "runs").glob("*/output"))
     again = sweep(tmp_path / "out", *GRID, "--seeds", "2", "--timing_steps", "3")
-    assert again.stdout == done.stdout and "ended" not in again.stderr
+    assert again.stdout == done.stdout and "0 of 12 runs of the grids are to be made" in again.stderr
+    assert "ended" not in again.stderr
 
 
 def test_where_an_optimum_is_at_an_edge_every_grid_grows(tmp_path):
@@ -99,17 +101,21 @@ def test_more_optimizers_rates_and_seeds_extend_a_sweep(tmp_path):
 
 
 def test_a_killed_sweep_goes_on(tmp_path):
-    """Completed runs are not repeated, the half one starts anew, and what it left behind ends by itself."""
+    """Completed runs are not repeated, the half one starts anew, and what it left running is ended."""
     file, out = tmp_path / "begun", tmp_path / "out"
     grid = ["--optim", "a", "b", "--learning_rate", "1e-3", "1e-2", "--seeds", "1", *QUICK]
-    arguments = [*grid, "--", "--sleep", "1", "--begun", str(file)]
+    arguments = [*grid, "--", "--sleep", "2", "--begun", str(file)]
     process = start(out, *arguments)
     wait_for(lambda: file.exists() and len(begun(file)) == 3, process)
     process.kill()
     process.communicate()
     assert len(ran(out)) == 2
     half = max((out / "runs").iterdir())
-    sweep(out, *arguments)
+    pid, _ = json.loads((half / "process.json").read_text())
+    assert psutil.Process(pid).is_running()
+    done = sweep(out, *arguments)
+    assert f"ended runs/{half.name}, which a sweep that was killed had left running" in done.stderr
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert ran(out) == [(label, rate, 1) for rate in (1e-3, 1e-2) for label in "ab"]
     assert len(begun(file)) == 5 and begun(file)[3] == begun(file)[2]
     assert not half.exists()
