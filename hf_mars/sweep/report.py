@@ -137,7 +137,8 @@ def _notes(rows: list[Row], plan: Plan | None, comparison: Comparison) -> list[s
             note += f", which chose the best ones; these with seeds 1 to {plan.final_seeds}"
         notes.append(f"{note}.")
         if plan.extensions:
-            notes.append(f"Every grid was extended alike, {len(plan.extensions)} times ({PLAN}).")
+            times = "once" if len(plan.extensions) == 1 else f"{len(plan.extensions)} times"
+            notes.append(f"Every grid was extended alike, {times} ({PLAN}).")
         missing = _missing(rows, plan)
         if missing:
             notes.append(missing.strip())

@@ -178,6 +178,8 @@ def test_the_time_budget(tmp_path):
     of_script = ["--", "--sleep", "2", "--begun", str(file)]
     done = sweep(tmp_path / "out", *GRID, *QUICK, "--seeds", "1", "--time_budget", "4", *of_script)
     assert len(begun(file)) == 1 and "the time budget is used up; the same command goes on" in done.stderr
+    none = sweep(tmp_path / "none", *GRID, *QUICK, "--time_budget", "0.001s")
+    assert "the time budget is used up" in none.stderr and "every run failed" not in none.stderr
     assert "Not run yet (5 runs): b, learning rate 0.0001, seed 1; a, learning rate 0.001" in done.stdout
 
 
