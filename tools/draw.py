@@ -55,10 +55,11 @@ def draw_rates(path: Path) -> None:
             shade = colors.setdefault(s.label, f"C{len(colors)}")
             axes.plot(*zip(*line, strict=True), marker="o", markersize=4, linewidth=1.2, color=shade, label=s.label)
         axes.set(xscale="log", xlabel="learning rate", title=corpus)
-        ticks: list[float] = []
-        for rate in sorted({setting.learning_rate for by_setting in losses.values() for setting in by_setting}):
-            ticks += [rate] if not ticks or rate > 1.5 * ticks[-1] else []  # no numbers on top of each other
-        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks], rotation=45)
+        ticks: list[float] = []  # AdamW's first; no numbers on top of each other
+        for by_setting in (losses[s.label] for s in comparison.summaries):
+            for rate in sorted(setting.learning_rate for setting in by_setting):
+                ticks += [rate] * all(rate > 1.5 * tick or tick > 1.5 * rate for tick in ticks)
+        axes.set_xticks(sorted(ticks), [f"{rate:g}" for rate in sorted(ticks)], rotation=45)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     first: Any = figure.axes[0]

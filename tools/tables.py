@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_mars.sweep.compare import losses_by_setting, paired
+from hf_mars.sweep.compare import losses_by_setting, paired, setting_of
 from hf_mars.sweep.summary import Comparison, Summary, compare, mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,17 +74,22 @@ def rates(name: str) -> str:
     rows, comparison = read(name)
     losses = losses_by_setting(rows)
     seeds = set.intersection(*(set(by_seed) for by in losses.values() for by_seed in by.values()))
+    diverged = {(setting_of(row), row["seed"]) for row in rows if row["status"] == "diverged"}
     by_grid: dict[tuple[float, ...], list[list[str]]] = {}  # of optimizers with the same learning rates
     for s in comparison.summaries:
-        at = {setting.learning_rate: loss_cell(by_seed, seeds) for setting, by_seed in losses[s.label].items()}
+        at = {
+            setting.learning_rate: loss_cell(by_seed, seeds, {seed for seed in seeds if (setting, seed) in diverged})
+            for setting, by_seed in losses[s.label].items()
+        }
         by_grid.setdefault(tuple(sorted(at)), []).append([s.label, *(at[rate] for rate in sorted(at))])
     grids = [markdown(["learning rate", *(f"{rate:g}" for rate in grid)], lines) for grid, lines in by_grid.items()]
     return "\n".join(grids)
 
 
-def loss_cell(by_seed: dict[int, float], seeds: set[int]) -> str:
+def loss_cell(by_seed: dict[int, float], seeds: set[int], diverged: set[int]) -> str:
     average = mean({seed: by_seed[seed] for seed in seeds})
-    return f"{average:.3f}" if average == average else "diverged"
+    words = [f"{average:.3f}"] * (average == average) + ["diverged"] * bool(diverged or average != average)
+    return " ".join(words)
 
 
 def at_the_baselines_rate(name: str, label: str) -> Any:
@@ -101,6 +106,7 @@ def at_the_baselines_rate(name: str, label: str) -> Any:
 TASKS = {
     "pretrain_prose": "from scratch, prose",
     "pretrain_docs": "from scratch, documentation",
+    "size": "from scratch, prose, 11.5M parameters",
     "finetune": "full fine-tuning",
     "lora": "LoRA",
     "finetune_real": "full fine-tuning, SmolLM2-135M",
@@ -123,10 +129,10 @@ def overview() -> str:
         for label in (ADAMW, MARS_M):
             s = next(s for s in comparison.summaries if s.label == label)
             at_rate = at_the_baselines_rate(name, label)
-            assert s.best is not None and s.difference is not None and at_rate is not None
+            assert s.best is not None and s.difference is not None
             ratio = s.best.learning_rate / base.best.learning_rate
             best = f"{plus_minus(s.difference)} at {ratio:.2g} ×{AT_EDGE[s.edge]}"
-            cells += [plus_minus(at_rate), best]
+            cells += ["not run" if at_rate is None else plus_minus(at_rate), best]
         lines.append(cells)
     return markdown(head, lines)
 
