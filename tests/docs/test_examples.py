@@ -60,6 +60,7 @@ def test_pretraining_from_yaml(tmp_path):
     assert "after 2 steps" in printed and (tmp_path / "pretrained" / "model.safetensors").is_file()
 
 
+@pytest.mark.exhaustive
 def test_the_notebook_runs_as_it_is(tmp_path):
     """All its cells in a row, with fewer steps; its last one needs a notebook to show the picture."""
     cells = json.loads((EXAMPLES / "first_steps.ipynb").read_text())["cells"]

@@ -229,6 +229,7 @@ def test_two_nodes_on_loopback_equal_one_process(one_process, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_that_dies_on_one_node_ends_the_launches_of_both(tmp_path):
     def kill_on_the_second(running, logs):
         deadline = time.monotonic() + 100

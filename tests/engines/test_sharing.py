@@ -37,7 +37,7 @@ def test_sharing(world):
     "world, engine, interpreted",
     [
         pytest.param(2, "fsdp2", False, id="fsdp2-cpu"),
-        pytest.param(2, "fsdp2", True, id="fsdp2-triton"),
+        pytest.param(2, "fsdp2", True, id="fsdp2-triton", marks=pytest.mark.exhaustive),
         pytest.param(4, "hsdp", False, id="hsdp-cpu"),
         pytest.param(4, "hsdp", True, id="hsdp-triton", marks=pytest.mark.exhaustive),
         pytest.param(2, "one rank cannot", False, id="one rank cannot-cpu", marks=pytest.mark.exhaustive),

@@ -29,6 +29,7 @@ def test_zero_loops_equal_one_process():
     check_zero_loops(2, "1", "2", "3, small sub-groups, accumulated")
 
 
+@pytest.mark.exhaustive
 def test_zero_loops_in_triton_kernels_equal_one_process():
     """Slices, some of them empty."""
     check_zero_loops(2, "3, small sub-groups, overlap", TRITON_INTERPRET="1")
