@@ -121,7 +121,7 @@ class Runner:
         self._stop.set()
         with self._lock:
             for process in self._processes:
-                _kill(process, signal.SIGTERM)
+                _kill(process.pid, signal.SIGTERM)
 
     def _make_one(self, run: Run, jobs: int, timing: list[Run], progress: Progress, left: list[Run]) -> None:
         for attempt in (1, 2):  # a run that somebody kills starts anew, once
@@ -205,7 +205,8 @@ class Runner:
                 while process.poll() is None and not self._stop.is_set():
                     time.sleep(0.05)
                 if process.poll() is None:
-                    _end(process)
+                    _end(process.pid)
+                    process.wait()
                     return None
             finally:
                 with self._lock:
@@ -228,7 +229,7 @@ def remove_abandoned(folder: Path, rows: Iterable[dict[str, Any]]) -> list[str]:
         with contextlib.suppress(OSError, ValueError):
             pid, began = json.loads((path / PROCESS).read_text())
             if began is not None and _began(pid) == began:
-                _end_group(pid)
+                _end(pid)
                 ended.append(name)
         shutil.rmtree(path, ignore_errors=True)
     return ended
@@ -240,15 +241,6 @@ def _began(pid: int) -> float | None:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     return None
-
-
-def _end_group(pid: int) -> None:
-    """Of no child of this process; ask it, and after ten seconds make it."""
-    with contextlib.suppress(ProcessLookupError, psutil.Error):
-        process = psutil.Process(pid)
-        os.killpg(pid, signal.SIGTERM)
-        psutil.wait_procs([process], timeout=10)
-        os.killpg(pid, signal.SIGKILL)
 
 
 def _outcome(code: int, log: dict[str, Any], errors: list[str]) -> dict[str, Any]:
@@ -295,19 +287,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _kill(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
+def _kill(pid: int, number: int) -> None:
+    """A run and all that it has started: each has a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask it, and after ten seconds make it."""
-    _kill(process, signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        pass
-    _kill(process, signal.SIGKILL)
-    process.wait()
+def _end(pid: int) -> None:
+    """Ask a run, of this sweep or of one that was killed, and after ten seconds make it."""
+    _kill(pid, signal.SIGTERM)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.wait_procs([psutil.Process(pid)], timeout=10)
+    _kill(pid, signal.SIGKILL)

@@ -167,12 +167,9 @@ def check_run(folder: Path, args: TrainingArguments) -> None:
         manifest = checkpoints.read_manifest(folder) or {}
     except ValueError as error:
         raise CheckpointError(f"{folder / checkpoints.MANIFEST}: {error}") from error
-    saved, own = manifest.get("optimizer"), optim_name(args)
+    saved, own = str(manifest.get("optimizer")), optim_name(args)
     if saved in VARIANTS and saved != own:
-        raise ResumeError(
-            f"{folder}: the checkpoint was saved with optim={saved!r}, but this run has optim={own!r}, whose state is "
-            f"another: go on with {saved}, or start a new run from its weights"
-        )
+        raise checkpoints.other_optimizer(folder, saved, own)
     engine, deepspeed = manifest.get("engine"), DistributedType.DEEPSPEED.value
     if engine is not None and (engine == deepspeed) != (args.deepspeed_plugin is not None):
         with_or_without = "with" if engine == deepspeed else "without"

@@ -51,6 +51,14 @@ class Search(NamedTuple):
         return "; ".join(f"{path.name} ({why})" for path, why in self.passed_over)
 
 
+def other_optimizer(folder: Path, saved: str, own: str) -> ResumeError:
+    """The error of a run under the name `own` that is to go on from a checkpoint of the optimizer `saved`."""
+    return ResumeError(
+        f"{folder}: the checkpoint was saved with optim={saved!r}, but this run has optim={own!r}, whose state is "
+        f"another: go on with {saved}, or start a new run from its weights"
+    )
+
+
 def other_meaning(setting: str, old: Any, new: Any, name: str) -> str:
     """Why a run whose optimizer is `name` does not go on from a checkpoint that was saved with another setting."""
     return (

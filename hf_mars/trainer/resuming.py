@@ -19,7 +19,7 @@ from ..optim.groups import Group
 from ..optim.mars import Mars
 from ..optim.state import convert_states
 from .arguments import MarsTrainingArguments
-from .checkpoints import MANIFEST, ResumeError, other_meaning
+from .checkpoints import MANIFEST, other_meaning, other_optimizer
 from .defaults import transformers_default
 from .model_card import mars_inside
 from .names import VARIANTS, optim_name
@@ -110,11 +110,7 @@ def check_optimizer(trainer: Trainer, folder: Path) -> None:
     mars = mars_inside(trainer.optimizer)
     if saved is None or (mars is not None and VARIANTS[saved].class_name == type(mars).__name__):
         return
-    raise ResumeError(
-        f"{folder}: the checkpoint was saved with optim={saved!r}, but this run has "
-        f"optim={optim_name(trainer.args)!r}, whose state is another: go on with {saved}, or start a new run from its "
-        "weights"
-    )
+    raise other_optimizer(folder, saved, optim_name(trainer.args))
 
 
 def _name_of_state(file: Path) -> str | None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from sweep_helpers import ENVIRONMENT, row, sweep
 
 from hf_mars.sweep.errors import SweepError
@@ -74,6 +75,22 @@ def test_seeds_that_chose_and_further_ones_are_said(tmp_path, rows):
     report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "every setting with seed 1, which chose the best ones; these with seeds 1 to 3." in text
+
+
+def test_pictures_have_titles_rates_the_baseline_s_end_and_crosses_for_lost_runs(tmp_path, rows, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.update({path.name: figure}))
+    write(tmp_path, [*rows, row("b", 0.1, 1, None, status="diverged")])
+    report(tmp_path)
+    legends = {name: [t.get_text() for t in f.axes[0].get_legend().get_texts()] for name, f in figures.items()}
+    assert legends["loss.png"] == legends["seconds.png"] == ["a, 0.001", "b, 0.001", "where a ends"]
+    assert legends["learning_rate.png"] == ["a", "b", "b: no loss"]
+    assert [figures[name].axes[0].get_title() for name in ("loss.png", "learning_rate.png")] == [
+        "Loss against step",
+        "Final loss against learning rate",
+    ]
+    (cross,) = [line for line in figures["learning_rate.png"].axes[0].lines if line.get_marker() == "x"]
+    assert list(cross.get_xdata()) == [0.1]
 
 
 def test_seconds_are_not_told_of_runs_that_shared_the_machine(tmp_path, rows):
